@@ -1,0 +1,148 @@
+"""The KV cache of one conversation: the native pages, and the budget that they are pruned to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import kernels
+from .scorers import LayerView, find_scorer
+from .settings import CacheSettings
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a model's cache looks like: L layers, H query heads, KV key-value heads of size D."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    frequencies: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """Where the pairs of a conversation are now. Only the hot tier exists so far."""
+
+    hot_bytes: int
+    hot_tokens: int
+    total_tokens: int
+    warm_bytes: int = 0
+    cold_bytes: int = 0
+    digest_bytes: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "hot_bytes": self.hot_bytes,
+            "warm_bytes": self.warm_bytes,
+            "cold_bytes": self.cold_bytes,
+            "digest_bytes": self.digest_bytes,
+            "hot_tokens": self.hot_tokens,
+            "total_tokens": self.total_tokens,
+        }
+
+
+class KVCache:
+    """An owned cache: closing it frees its memory at once; a fork shares pages until one of the two writes.
+
+    ``hot_tokens`` None keeps everything (policy ``full``); else `demote` leaves that many per KV head: the sinks, the
+    window and the best-scored others.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        settings: CacheSettings,
+        *,
+        hot_tokens: int | None,
+        threads: int = 1,
+        limit_bytes: int = 0,
+    ) -> None:
+        self._shape = shape
+        self._settings = settings
+        self._scorer = find_scorer(settings.scorer)
+        self.hot_tokens = hot_tokens
+        self.total_tokens = 0
+        self._native = kernels.KVCache(
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
+            storage=settings.storage,
+            threads=threads,
+            observed_queries=0 if hot_tokens is None else self._scorer.observed_queries,
+            limit_bytes=limit_bytes,
+        )
+
+    @property
+    def handle(self) -> int:
+        """Names this cache in the graph's ``cache`` input."""
+        return self._native.handle
+
+    @property
+    def closed(self) -> bool:
+        return self._native.closed
+
+    def close(self) -> None:
+        """Frees the memory; using the cache afterwards is an error."""
+        self._native.close()
+
+    def fork(self) -> KVCache:
+        """Another conversation with the same past."""
+        twin = object.__new__(KVCache)
+        twin.__dict__.update(self.__dict__)
+        twin._native = self._native.fork()
+        return twin
+
+    def commit(self, tokens: int) -> None:
+        """The graph run that appended ``tokens`` succeeded."""
+        self._native.commit()
+        self.total_tokens += tokens
+
+    def rollback(self) -> None:
+        """Forgets what a graph run that failed or was cancelled has appended."""
+        self._native.rollback()
+
+    def held_tokens(self) -> int:
+        """Tokens per KV head that are in the hot tier now (of the head that holds most)."""
+        heads = range(self._shape.kv_heads)
+        return max(self._native.tokens(layer, head) for layer in range(self._shape.layers) for head in heads)
+
+    def usage(self) -> KVUsage:
+        """Bytes and tokens by tier."""
+        return KVUsage(self._native.bytes, self.held_tokens(), self.total_tokens)
+
+    def demote(self, hot_tokens: int | None = None) -> None:
+        """Prunes every layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one)."""
+        budget = self.hot_tokens if hot_tokens is None else hot_tokens
+        if budget is None:
+            return
+        for layer in range(self._shape.layers):
+            if self._native.tokens(layer, 0) > budget:
+                self._demote_layer(layer, budget)
+
+    def _demote_layer(self, layer: int, budget: int) -> None:
+        view = self._view(layer)
+        scores = self._scorer.score(view)
+        scores[:, : self._settings.sinks] = np.inf
+        scores[:, max(scores.shape[1] - self._settings.window, 0) :] = np.inf
+        for head in range(self._shape.kv_heads):
+            best = np.argpartition(scores[head], -budget)[-budget:]
+            self._native.retain(layer, head, np.sort(best).astype(np.int32))
+
+    def _view(self, layer: int) -> LayerView:
+        tokens, heads = self._native.tokens(layer, 0), self._shape.kv_heads
+        if self._scorer.needs_pairs:
+            pairs = [self._native.read(layer, head) for head in range(heads)]
+            keys, values, positions = (np.stack([pair[i] for pair in pairs]) for i in range(3))
+        else:
+            keys = values = np.empty((heads, tokens, 0), dtype=np.float32)
+            positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (heads, tokens))
+        queries, query_positions = self._native.observed(layer)
+        return LayerView(
+            keys, values, positions, queries, query_positions, self._shape.frequencies, self._shape.scale
+        )

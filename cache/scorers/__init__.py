@@ -1,0 +1,29 @@
+"""Scorers: how much each cached pair matters. One file per method; a new one is a file here and a row in the table.
+
+``find_scorer`` makes one by name; tests/cache/test_scorers.py runs the same checks over all of them.
+"""
+
+from __future__ import annotations
+
+from .base import LayerView, Scorer
+from .expected_attention import ExpectedAttention
+from .keydiff import KeyDiff
+from .recency import Recency
+from .snapkv import SnapKV
+
+_SCORERS: dict[str, type[Scorer]] = {
+    scorer.name: scorer for scorer in (Recency, KeyDiff, SnapKV, ExpectedAttention)
+}
+
+
+def scorer_names() -> tuple[str, ...]:
+    """The names of all scorers."""
+    return tuple(_SCORERS)
+
+
+def find_scorer(name: str) -> Scorer:
+    """A new scorer; KeyError for a name that `scorer_names` does not list (settings are checked before)."""
+    return _SCORERS[name]()
+
+
+__all__ = ["LayerView", "Scorer", "find_scorer", "scorer_names"]

@@ -1,0 +1,56 @@
+"""What a scorer is, and what it may look at."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer of the cache after a chunk. Letters: K KV heads, H query heads, T tokens, D head size, W queries.
+
+    ``keys`` (after RoPE) and ``values`` float32 [K, T, D]; ``positions`` int32 [K, T], ascending in each head;
+    ``queries`` (before RoPE) float32 [W, H, D] at ``query_positions`` int32 [W], the last ones of the chunk, as many
+    as the scorer declares; ``frequencies`` float32 [rotated dimensions / 2], radians per position; ``scale`` of the
+    logits.
+    """
+
+    keys: Floats
+    values: Floats
+    positions: NDArray[np.int32]
+    queries: Floats
+    query_positions: NDArray[np.int32]
+    frequencies: Floats
+    scale: float
+
+
+class Scorer(ABC):
+    """Ranks the pairs of one layer."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    observed_queries: ClassVar[int] = 0
+    """How many of a chunk's last queries the view must hold."""
+    needs_pairs: ClassVar[bool] = True
+    """Whether it looks at keys and values (copying them out costs time)."""
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Floats:
+        """float32 [K, T], larger = keep. Only the order within a head counts."""
+
+
+def rotate(x: Floats, positions: NDArray[np.int32], frequencies: Floats) -> Floats:
+    """Half-split rotary embedding of ``x`` [T, H, D] at ``positions`` [T]."""
+    half = frequencies.size
+    angles = positions[:, None].astype(np.float64) * frequencies.astype(np.float64)
+    cos = np.cos(angles).astype(np.float32)[:, None, :]
+    sin = np.sin(angles).astype(np.float32)[:, None, :]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]], axis=-1)

@@ -1,0 +1,41 @@
+"""What the last queries look at matters (SnapKV, arXiv 2404.14469): their mean attention, smoothed over neighbours.
+
+The paper scores once, at the end of the prompt, and average-pools by 5 here as published. We score at the end of each
+chunk, so that a document of any length is read inside the budget; the group's query heads are averaged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import Floats, LayerView, Scorer, rotate
+
+POOL = 5
+
+
+class SnapKV(Scorer):
+    name = "snapkv"
+    paper = "SnapKV, arXiv 2404.14469"
+    observed_queries = 32
+
+    def score(self, view: LayerView) -> Floats:
+        kv_heads, tokens, _ = view.keys.shape
+        queries = rotate(view.queries, view.query_positions, view.frequencies)
+        group = queries.shape[1] // kv_heads
+        scores = np.empty((kv_heads, tokens), dtype=np.float32)
+        for head in range(kv_heads):
+            rows = queries[:, head * group : (head + 1) * group].reshape(-1, queries.shape[-1])
+            logits = rows @ view.keys[head].T * np.float32(view.scale)
+            unseen = view.positions[head] > np.repeat(view.query_positions, group)[:, None]
+            logits[unseen] = -np.inf
+            logits -= logits.max(axis=1, keepdims=True)
+            np.exp(logits, out=logits)
+            logits /= logits.sum(axis=1, keepdims=True)
+            scores[head] = pool(logits.mean(axis=0))
+        return scores
+
+
+def pool(values: Floats) -> Floats:
+    """Mean over a window of ``POOL`` tokens, shorter at the ends."""
+    kernel = np.ones(POOL, dtype=np.float32)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")

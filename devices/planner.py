@@ -1,0 +1,125 @@
+"""From one number, the memory limit of the process, to how a document is read: every byte counted beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import MemoryLimitError
+from .sizes import format_size
+
+CHUNKS = (512, 256, 128, 64)  # tokens read at a time, the fastest first
+# Beyond what is counted: growth of the allocator and the interpreter, measured over the runs in docs/lab-notes.md.
+MARGIN_BYTES = 24 << 20
+MARGIN_SHARE = 0.01
+GROWTH_TOKENS = 4096  # a conversation whose cache fits whole may grow by so much before it is pruned
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What work costs in bytes. KV bytes are of all layers and heads together."""
+
+    process_bytes: int  # resident now: interpreter, libraries, tokenizer, document
+    weight_bytes: int  # mapped weights, resident once every layer has run
+    scratch_bytes_per_chunk_token: int
+    page_tokens: int
+    kv_bytes_per_page: int  # one page of every layer and KV head
+    observed_bytes: int  # queries kept for the scorer
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the pages that ``tokens`` per KV head need."""
+        return -(-tokens // self.page_tokens) * self.kv_bytes_per_page
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a text of some length is read. ``hot_tokens`` None keeps the whole cache; ``chunk`` tokens go at a time."""
+
+    limit_bytes: int
+    chunk: int
+    hot_tokens: int | None
+    capacity_tokens: int  # per KV head: what may be held at once
+    kv_limit_bytes: int  # of the pages, those of forks included
+    rows: tuple[tuple[str, int], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """What the process will take at most."""
+        return sum(size for _, size in self.rows)
+
+
+def make_plan(
+    costs: Costs,
+    limit_bytes: int,
+    *,
+    tokens: int,
+    least_hot_tokens: int,
+    hot_tokens: int | None = None,
+    chunk: int | None = None,
+    keep_everything: bool = False,
+) -> Plan:
+    """The fastest way to read ``tokens`` inside ``limit_bytes``.
+
+    The whole cache stays when it fits and neither ``hot_tokens`` asks for less; else the largest budget that fits.
+    ``keep_everything`` (policy ``full``) refuses a budget.
+
+    Raises:
+        MemoryLimitError: not even the smallest way fits; the message has the smallest limit that would.
+    """
+    chunks = (chunk,) if chunk else CHUNKS
+    for size in chunks:
+        found = _with_chunk(costs, limit_bytes, tokens, size, least_hot_tokens, hot_tokens, keep_everything)
+        # A small budget wants small chunks: a chunk should not be more than half of what stays.
+        if found and (found.hot_tokens is None or found.hot_tokens >= 2 * size or size == chunks[-1]):
+            return found
+        if found and hot_tokens is not None:
+            return found
+    smallest = chunks[-1]
+    stays = smallest + (tokens if keep_everything else min(tokens, (hot_tokens or least_hot_tokens) + smallest))
+    needed = sum(size for _, size in _rows(costs, smallest, stays))
+    needed = int((needed + MARGIN_BYTES) / (1 - MARGIN_SHARE)) + 1
+    if keep_everything:
+        remedy = "raise --memory or leave out --policy full"
+    elif hot_tokens is not None:
+        remedy = "raise --memory or lower --kv hot_tokens"
+    else:
+        remedy = "raise --memory or take a smaller model"
+    raise MemoryLimitError(
+        f"{format_size(limit_bytes)} of memory is too little for {tokens:,} tokens with this model: "
+        f"{format_size(needed, round_up=True)} would do; {remedy}",
+        smallest_bytes=needed,
+    )
+
+
+def _with_chunk(
+    costs: Costs,
+    limit: int,
+    tokens: int,
+    chunk: int,
+    least_hot: int,
+    hot_tokens: int | None,
+    keep_everything: bool,
+) -> Plan | None:
+    fixed = sum(size for _, size in _rows(costs, chunk, 0))
+    room = int(limit * (1 - MARGIN_SHARE)) - MARGIN_BYTES - fixed
+    most = max(room, 0) // costs.kv_bytes_per_page * costs.page_tokens - chunk  # a fork's turn takes up to a chunk more
+    if tokens <= most and (hot_tokens is None or tokens <= hot_tokens):
+        hot, capacity = None, min(most, tokens + GROWTH_TOKENS)
+    elif keep_everything:
+        return None
+    else:
+        hot = most - chunk if hot_tokens is None else hot_tokens
+        capacity = hot + chunk
+        if hot < least_hot or capacity > most:
+            return None
+    held = capacity + chunk
+    return Plan(limit, chunk, hot, capacity, costs.kv_bytes(held), tuple(_rows(costs, chunk, held)))
+
+
+def _rows(costs: Costs, chunk: int, held_tokens: int) -> list[tuple[str, int]]:
+    return [
+        ("program, tokenizer, document", costs.process_bytes),
+        ("weights", costs.weight_bytes),
+        (f"graph scratch for {chunk} tokens at a time", costs.scratch_bytes_per_chunk_token * chunk),
+        ("observed queries", costs.observed_bytes),
+        ("KV cache", costs.kv_bytes(held_tokens)),
+    ]

@@ -1,0 +1,171 @@
+"""From a model file to a package folder: as a command, and by itself when a model is first used.
+
+A package appears whole or not at all: it is written into a temporary folder beside its place and renamed at
+    the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import ModelError, OptionError, StorageError
+from .architectures import DecoderModel, read_model
+from .hub.cache_folder import package_folder, packages_folder
+from .hub.file_lock import file_lock
+from .hub.reporting import Notice, Progress, log_notice, no_progress
+from .hub.safe_write import make_folder, storage_errors, temporary_file, temporary_folder
+from .native import NativeFlavour
+from .package import (
+    EXPORTER_VERSION,
+    TOKENIZER_FILE,
+    Manifest,
+    Package,
+    is_package,
+    open_package,
+    record_files,
+    write_manifest,
+)
+from .sources import Source, open_source
+from .tokenizer import TokenizerSettings, build_tokenizer
+from .weights import MatrixRecord
+
+BITS = (4, 8)
+TOKENIZER_BYTES = 64 << 20  # allowance for tokenizer.json and manifest in the check of free space
+FINGERPRINTS_FILE = "fingerprints.json"
+
+
+class Flavour(Protocol):
+    """What a flavour does; made with (model, source, bits)."""
+
+    model: DecoderModel
+
+    @property
+    def bytes_needed(self) -> int: ...
+
+    def write(self, folder: Path, progress: Progress) -> list[MatrixRecord]: ...
+
+
+FLAVOURS = {"native": NativeFlavour}
+
+
+def export_model(
+    source: Path, out: Path, *, bits: int = 8, flavour: str = "native", progress: Progress | None = None
+) -> Package:
+    """Exports the model file ``source`` into the package folder ``out``, replacing an older package there.
+
+    Args:
+        bits: 8 keeps every code of the file; 4 rounds the layers' matrices to 4 bits.
+        progress: called with the stages ``checking`` and ``exporting``, in bytes.
+
+    Raises:
+        ModelError: the source cannot be used.
+        OptionError: ``bits`` or ``flavour`` is not known.
+        StorageError: ``out`` is something else than a package, or the disk cannot take it.
+    """
+    _check_options(bits, flavour)
+    if out.exists() and not is_package(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise StorageError(f"{out} exists and is not a model package; name another folder or remove it")
+    with open_source(source) as opened:
+        return _export(opened, None, out.absolute(), bits, flavour, progress or no_progress)
+
+
+def ensure_package(
+    source: Path,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    *,
+    bits: int = 8,
+    flavour: str = "native",
+    notice: Notice = log_notice,
+) -> Package:
+    """The package of ``source`` in the cache folder: found there by content, or exported now.
+
+    Raises:
+        ModelError, OptionError, StorageError: as ``export_model``.
+    """
+    _check_options(bits, flavour)
+    report = progress or no_progress
+    with open_source(source) as opened:
+        sha256 = _fingerprint(opened, packages_folder(cache_dir), report)
+        key = f"{sha256[:16]}-v{EXPORTER_VERSION}-{flavour}-{bits}"
+        folder = package_folder(cache_dir, source.stem, key)
+        with contextlib.suppress(ModelError):
+            return open_package(folder)
+        make_folder(folder.parent)
+        with (
+            storage_errors(folder.parent),
+            file_lock(folder.with_name(folder.name + ".lock"), f"exporting {source.stem}", notice=notice),
+        ):
+            with contextlib.suppress(ModelError):  # another process made it while this one waited
+                return open_package(folder)
+            return _export(opened, sha256, folder, bits, flavour, report)
+
+
+def _check_options(bits: int, flavour: str) -> None:
+    if bits not in BITS:
+        raise OptionError(f"bits is {bits}; supported: {', '.join(map(str, BITS))}")
+    if flavour not in FLAVOURS:
+        raise OptionError(f"flavour is {flavour!r}; supported: {', '.join(FLAVOURS)}")
+
+
+def _export(
+    source: Source, sha256: str | None, out: Path, bits: int, flavour: str, progress: Progress
+) -> Package:
+    """Looks at all that may be refused before the source is hashed or a byte is written."""
+    settings = TokenizerSettings.from_metadata(source.metadata)
+    writer: Flavour = FLAVOURS[flavour](read_model(source), source, bits)
+    sha256 = sha256 or source.hash(progress)
+    with temporary_folder(out, bytes_needed=writer.bytes_needed + TOKENIZER_BYTES) as folder:
+        records = writer.write(folder, progress)
+        build_tokenizer(source.metadata).save(str(folder / TOKENIZER_FILE), pretty=False)
+        manifest = Manifest(
+            spec=writer.model.spec,
+            tokenizer=settings,
+            flavour=flavour,
+            bits=bits,
+            source_name=source.path.name,
+            source_bytes=source.size,
+            source_sha256=sha256,
+            exporter_version=EXPORTER_VERSION,
+            matrices=tuple(record.to_json() for record in records),
+            files=record_files(folder),
+        )
+        write_manifest(folder, manifest)
+    return Package(out, manifest)
+
+
+def _fingerprint(source: Source, folder: Path, progress: Progress) -> str:
+    """The source's SHA-256, remembered by path, size, time and inode so that a start need not read it all
+    again.
+    """
+    index = folder / FINGERPRINTS_FILE
+    status = source.path.stat()
+    key = str(source.path.absolute())
+    mark = [status.st_size, status.st_mtime_ns, status.st_ino]
+    known = _read_fingerprints(index)
+    entry = known.get(key)
+    if entry is not None and entry[:3] == mark:
+        return str(entry[3])
+    sha256 = source.hash(progress)
+    kept = {path: value for path, value in known.items() if Path(path).exists()}
+    # only a shortcut: where it cannot be kept, the next start hashes again
+    with contextlib.suppress(StorageError), temporary_file(index) as file:
+        file.write(json.dumps({**kept, key: [*mark, sha256]}, indent=1).encode())
+    return sha256
+
+
+def _read_fingerprints(index: Path) -> dict[str, list[int | str]]:
+    try:
+        value = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {
+        path: entry
+        for path, entry in value.items()
+        if isinstance(entry, list) and len(entry) == 4 and isinstance(entry[3], str) and len(entry[3]) == 64
+    }

@@ -1,0 +1,225 @@
+"""A model package: a folder with a manifest, a graph, its weights and a tokenizer.
+
+``satchel.json`` says what the folder holds and how long and which each file is; a package is opened only when
+all of that is true, so the runtime need not doubt what it maps. The big weight file is checked by its length
+when a package is opened (reading it all would cost a cold start seconds), and by its hash on request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from .spec import ModelSpec
+from .tokenizer import TokenizerSettings
+
+FORMAT = "satchel-model-package"
+FORMAT_VERSION = 1
+# changes whenever the same source would give other bytes: packages in the cache are then made anew
+EXPORTER_VERSION = 1
+
+MANIFEST_FILE = "satchel.json"
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+TOKENIZER_FILE = "tokenizer.json"
+REQUIRED_FILES = (MODEL_FILE, DATA_FILE, TOKENIZER_FILE)
+MAX_MANIFEST_BYTES = 64 << 20
+HASH_ALWAYS_BYTES = 32 << 20  # files up to this are hashed at every opening: tens of milliseconds
+REMEDY = "export the model again"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Length and SHA-256 of one file of the package."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``satchel.json``. ``matrices`` has one record per packed matrix, as
+    ``MatrixRecord.to_json``.
+    """
+
+    spec: ModelSpec
+    tokenizer: TokenizerSettings
+    flavour: str
+    bits: int
+    source_name: str
+    source_bytes: int
+    source_sha256: str
+    exporter_version: int
+    matrices: tuple[Mapping[str, Any], ...]
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "exporter_version": self.exporter_version,
+            "flavour": self.flavour,
+            "bits": self.bits,
+            "source": {"name": self.source_name, "bytes": self.source_bytes, "sha256": self.source_sha256},
+            "spec": self.spec.to_json(),
+            "tokenizer": self.tokenizer.to_json(),
+            "matrices": [dict(matrix) for matrix in self.matrices],
+            "files": {
+                name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, where: Path) -> Manifest:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ModelError: it is something else, of another version, or incomplete.
+        """
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise ModelError(f"{where} is not the manifest of a Satchel model package; {REMEDY}")
+        if value.get("format_version") != FORMAT_VERSION:
+            raise ModelError(
+                f"{where} has format version {value.get('format_version')}, this Satchel reads "
+                f"{FORMAT_VERSION}; {REMEDY}"
+            )
+        try:
+            source = value["source"]
+            manifest = cls(
+                spec=ModelSpec.from_json(value["spec"]),
+                tokenizer=TokenizerSettings.from_json(value["tokenizer"]),
+                flavour=str(value["flavour"]),
+                bits=int(value["bits"]),
+                source_name=str(source["name"]),
+                source_bytes=int(source["bytes"]),
+                source_sha256=str(source["sha256"]),
+                exporter_version=int(value["exporter_version"]),
+                matrices=tuple(dict(matrix) for matrix in value["matrices"]),
+                files={
+                    str(name): FileRecord(int(file["bytes"]), str(file["sha256"]))
+                    for name, file in value["files"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"{where} is incomplete ({error!r}); {REMEDY}") from None
+        for name in manifest.files:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ModelError(f"{where} names the file {name!r}, which is not a plain file name; {REMEDY}")
+        missing = [name for name in REQUIRED_FILES if name not in manifest.files]
+        if missing:
+            raise ModelError(f"{where} does not list {', '.join(missing)}; {REMEDY}")
+        return manifest
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened and checked package folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.manifest.spec
+
+    @property
+    def model_file(self) -> Path:
+        return self.folder / MODEL_FILE
+
+    @property
+    def data_file(self) -> Path:
+        return self.folder / DATA_FILE
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / TOKENIZER_FILE
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the mapped weight file."""
+        return self.manifest.files[DATA_FILE].bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that identify the exact weights, graph and tokenizer."""
+        files = self.manifest.files
+        return hashlib.sha256("".join(files[name].sha256 for name in REQUIRED_FILES).encode()).hexdigest()
+
+
+def is_package(folder: Path) -> bool:
+    """Whether ``folder`` claims to be a package of ours, of whatever version and state."""
+    try:
+        value = json.loads(_read_manifest(folder))
+    except (ModelError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT
+
+
+def open_package(folder: Path, *, verify: bool = False) -> Package:
+    """Opens a package after checking that it is whole; ``verify`` also hashes the weight file.
+
+    Raises:
+        ModelError: it is missing, incomplete, cut short, altered, of another version, or no package.
+    """
+    where = folder / MANIFEST_FILE
+    try:
+        value = json.loads(_read_manifest(folder))
+    except (ValueError, RecursionError):
+        raise ModelError(f"{where} is damaged (not JSON); {REMEDY}") from None
+    manifest = Manifest.from_json(value, where)
+    for name, file in manifest.files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != file.bytes:
+                raise ModelError(f"{path} has {size} bytes, its manifest says {file.bytes}; {REMEDY}")
+            if (verify or size <= HASH_ALWAYS_BYTES) and hash_file(path) != file.sha256:
+                raise ModelError(f"{path} was altered (its SHA-256 differs from the manifest's); {REMEDY}")
+        except FileNotFoundError:
+            raise ModelError(f"{folder} lacks {name}; {REMEDY}") from None
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    return Package(folder, manifest)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file as hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(1 << 20)
+        view = memoryview(buffer)
+        while got := file.readinto(buffer):
+            digest.update(view[:got])
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes ``satchel.json``; the other files of the package are there already."""
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Length and hash of each of the required files."""
+    return {
+        name: FileRecord((folder / name).stat().st_size, hash_file(folder / name)) for name in REQUIRED_FILES
+    }
+
+
+def _read_manifest(folder: Path) -> bytes:
+    path = folder / MANIFEST_FILE
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ModelError(f"{path} is {path.stat().st_size} bytes long, no manifest is; {REMEDY}")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(
+            f"{folder} is not a model package (no {MANIFEST_FILE}); give a package, a .gguf or a name"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); check its permissions") from None

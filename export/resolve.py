@@ -1,0 +1,33 @@
+"""From what a person names (a registry name, a .gguf file, a package folder) to an opened package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ModelError
+from .exporter import ensure_package
+from .hub.cache_folder import cache_folder
+from .hub.download import fetch
+from .hub.reporting import Notice, Progress, log_notice
+from .package import Package, open_package
+
+
+def resolve_model(
+    name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None, notice: Notice = log_notice
+) -> Package:
+    """The package of a model, fetched and exported first where that is needed.
+
+    Raises:
+        ModelError: no such model, or one that cannot be used.
+        DownloadError, StorageError: it could not be fetched or stored.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return open_package(path)
+    root = cache_folder(cache_dir)
+    if path.is_file():
+        return ensure_package(path, root, progress, notice=notice)
+    if path.suffix == ".gguf" or len(path.parts) > 1:
+        raise ModelError(f"{path} does not exist; give a .gguf file, a package folder or a name from 'satchel models'")
+    source = fetch(str(name), cache_dir=cache_dir, progress=progress, notice=notice)
+    return ensure_package(source, root, progress, notice=notice)

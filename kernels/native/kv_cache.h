@@ -1,0 +1,104 @@
+// The hot tier of the KV cache: what a conversation remembers, page by page, for each layer and KV head.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "page_pool.h"
+#include "parallel.h"
+#include "variant.h"
+
+namespace satchel {
+
+struct CacheShape {
+  int layers, heads, kv_heads, head_size;
+  Storage storage;
+  int threads;           // how many ways to split a single token's work
+  int observed_queries;  // the last so many queries of each chunk are kept for the scorers (0: none)
+  size_t limit_bytes;    // of pages; 0: no limit
+};
+
+struct AttentionSettings {
+  int layer;
+  float scale, softcap;
+  int window;
+  int rope_dims;
+  float rope_attention_factor;
+};
+
+class KVCache {
+ public:
+  explicit KVCache(const CacheShape& shape);
+  std::unique_ptr<KVCache> fork() const;  // shares pages until one of the two writes
+
+  // Appends keys and values of a chunk (before RoPE) to a layer and attends to everything that the layer holds.
+  // queries [tokens, heads, D], keys and values [tokens, kv_heads, D], positions [tokens] ascending,
+  // frequencies [rope_dims / 2], out [tokens, heads, D].
+  void attend(const AttentionSettings&, const float* queries, const float* keys, const float* values,
+              const int64_t* positions, int tokens, const float* frequencies, float* out, const Parallel&);
+
+  void commit();    // what the last graph run appended is part of the conversation
+  void rollback();  // it is not: forget it (a run that was cancelled or failed half-way)
+  void clear();
+
+  // Keeps the tokens kept[kv_head][0..count) (ascending indices) of a layer and forgets the others.
+  void retain(int layer, int kv_head, const int32_t* kept, int count);
+
+  int tokens(int layer, int kv_head) const;
+  // Copies: keys (before RoPE, or after it when `rotated`), values [tokens, D], positions [tokens]
+  void read(int layer, int kv_head, bool rotated, float* keys, float* values, int32_t* positions) const;
+  // The observed queries before RoPE [n, heads, D] and their positions [n]
+  const std::vector<float>& observed(int layer) const { return layers_.at(layer).observed; }
+  const std::vector<int32_t>& observed_positions(int layer) const { return layers_.at(layer).observed_positions; }
+
+  const CacheShape& shape() const { return shape_; }
+  const PagePool& pool() const { return *pool_; }
+  size_t bytes() const;  // of the pages this cache refers to, shared ones included
+
+ private:
+  struct Head {
+    std::vector<std::shared_ptr<Page>> pages;
+    int tokens = 0, committed = 0;
+  };
+  struct Layer {
+    std::vector<Head> heads;
+    std::vector<float> frequencies;  // of its RoPE, for taking keys back to before it
+    float attention_factor = 1;
+    std::vector<float> observed;
+    std::vector<int32_t> observed_positions;
+  };
+
+  KVCache(const KVCache&) = default;
+  Page& writable(Head&, int page);
+  void truncate(Head&, int tokens);
+  void append(Head&, const float* keys, const float* values, int64_t stride, const int32_t* positions, int tokens,
+              const float* rope);
+  void prepare_rope(const AttentionSettings&, const int64_t* positions, int tokens, const float* frequencies);
+  void observe(Layer&, const float* queries, int tokens);
+  void run_tasks(const AttentionSettings&, int tokens, float* out, const Parallel&);
+
+  CacheShape shape_;
+  std::shared_ptr<PagePool> pool_;
+  std::vector<Layer> layers_;
+
+  // Working memory of one call, kept from call to call.
+  struct Workspace {
+    std::vector<float> rope;            // [tokens, rope_dims]: cosines, then sines
+    std::vector<int32_t> positions;     // [tokens]
+    std::vector<float> rope_frequencies;
+    float rope_factor = 0;
+    std::vector<float> queries;         // [kv_heads, tokens * group, D], after RoPE and scale
+    std::vector<int32_t> row_positions;  // [tokens * group]
+    std::vector<float> out, maxima, weights;  // of every task
+  };
+  Workspace work_;
+};
+
+// Caches are named by number in the graph: a closed one is an error there, never a dangling pointer.
+int64_t register_cache(std::shared_ptr<KVCache> cache);
+void unregister_cache(int64_t handle);
+std::shared_ptr<KVCache> find_cache(int64_t handle);  // throws std::invalid_argument
+
+}  // namespace satchel

@@ -1,0 +1,190 @@
+// Linear layers on block-quantized weights: included by variant.cc only.
+//
+// Weights are 4 to 8 bit integers, activations are quantized to 16 bits per block of inputs (so that the activations'
+// rounding is far below the weights'), products are summed exactly in 32 bits and scaled once a block.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+#include "variant.h"
+
+namespace satchel {
+namespace {
+
+constexpr int64_t kDepth = 512;  // inputs per pass: 16 outputs x 512 codes and 6 rows x 512 x 2 bytes share a 32 KB L1
+
+void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int64_t first, int64_t last) {
+  const int64_t blocks = w.blocks();
+  for (int64_t r = first; r < last; ++r) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float* in = x + r * w.inputs + b * w.block;
+      Float peak{}, total{};
+      for (int i = 0; i < w.block; i += kLanes) {
+        const Float v = load(in + i);
+        peak = max(peak, max(v, -v));
+        total += v;
+      }
+      const float amax = largest(peak);
+      const float inverse = amax > 0 ? 32767.0f / amax : 0.0f;
+      int16_t* out = q.codes + r * w.inputs + b * w.block;
+      for (int i = 0; i < w.block; i += kLanes) {
+        const Float shifted = load(in + i) * inverse + 12582912.0f;  // rounds to nearest
+        const Int n = __builtin_convertvector(shifted - 12582912.0f, Int);
+        typedef int16_t HalfSigned __attribute__((vector_size(kLanes * 2)));
+        const HalfSigned narrow = __builtin_convertvector(n, HalfSigned);
+        std::memcpy(out + i, &narrow, sizeof narrow);
+      }
+      q.scales[r * blocks + b] = amax / 32767.0f * w.multiplier;
+      q.sums[r * blocks + b] = sum(total) * w.multiplier;
+    }
+  }
+}
+
+// Codes of one record as signed bytes [kBlock/2 pairs][16 outputs][2]; `zero` is subtracted.
+template <int kBits, int kBlock>
+inline void unpack_codes(const uint8_t* packed, uint8_t zero, int8_t* out) {
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
+  typedef uint16_t Words __attribute__((vector_size(32)));  // shifts of 16 bit lanes, masked to the byte
+  constexpr int kHalf = kBlock * 8, kPlane = kBlock * 2, kPlaneVectors = kPlane / 32;
+  Words planes[kBits - 4 + 1][kPlaneVectors];
+  for (int e = 0; e < kBits - 4; ++e)
+    for (int v = 0; v < kPlaneVectors; ++v) std::memcpy(&planes[e][v], packed + kHalf + e * kPlane + v * 32, 32);
+#pragma GCC unroll 8
+  for (int t = 0; t < kHalf; t += 32) {
+    Words nibbles;
+    std::memcpy(&nibbles, packed + t, 32);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      Words part = (h ? nibbles >> 4 : nibbles) & uint16_t(0x0f0f);
+      const int vector = (t + h * kHalf) / 32, bit = vector / kPlaneVectors;
+      for (int e = 0; e < kBits - 4; ++e) {
+        const Words plane = planes[e][vector % kPlaneVectors];
+        const int shift = 4 + e - bit;
+        part |= (shift >= 0 ? plane << shift : plane >> -shift) & uint16_t(0x0101 << (4 + e));
+      }
+      const Bytes signed_part = (Bytes)part - zero;
+      std::memcpy(out + t + h * kHalf, &signed_part, 32);
+    }
+  }
+}
+inline void unpack_codes(const PackedMatrix& w, const uint8_t* packed, int8_t* out) {
+  const uint8_t zero = w.has_min ? 0 : uint8_t(1 << (w.bits - 1));
+  switch (w.bits * 100 + w.block) {
+    case 432: return unpack_codes<4, 32>(packed, zero, out);
+    case 532: return unpack_codes<5, 32>(packed, zero, out);
+    case 632: return unpack_codes<6, 32>(packed, zero, out);
+    case 416: return unpack_codes<4, 16>(packed, zero, out);
+    case 516: return unpack_codes<5, 16>(packed, zero, out);
+    default: return unpack_codes<6, 16>(packed, zero, out);
+  }
+}
+
+// kRowCount rows x 16 outputs over `blocks` blocks, added to y. `codes` [blocks] at a stride, `headers` likewise.
+template <int R>
+void tile(const PackedMatrix& w, const int8_t* codes, size_t code_stride, const uint8_t* headers, size_t header_stride,
+          int blocks, const int16_t* x, int64_t x_stride, const float* scales, const float* sums, int64_t scale_stride,
+          float (*y)[kTile]) {
+  for (int b = 0; b < blocks; ++b) {
+    Int acc[R][kVectors] = {};
+    const int8_t* c = codes + b * code_stride;
+    const int16_t* xb = x + b * w.block;
+    for (int p = 0; p < w.block / 2; ++p) {
+      Short weights[kVectors];
+      for (int v = 0; v < kVectors; ++v) weights[v] = load_codes(c + p * 32 + v * kLanes * 2);
+      for (int r = 0; r < R; ++r) {
+        const Short pair = splat_pair(xb + r * x_stride + p * 2);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] += pair_products(weights[v], pair);
+      }
+    }
+    const uint16_t* header = reinterpret_cast<const uint16_t*>(headers + b * header_stride);
+    for (int v = 0; v < kVectors; ++v) {
+      const Float scale = load_half(header + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        Float out = load(y[r] + v * kLanes) + to_float(acc[r][v]) * (scale * scales[r * scale_stride + b]);
+        store(y[r] + v * kLanes, out);
+      }
+      if (w.has_min) {
+        const Float minimum = load_half(header + 16 + v * kLanes);
+        for (int r = 0; r < R; ++r)
+          store(y[r] + v * kLanes, load(y[r] + v * kLanes) + minimum * sums[r * scale_stride + b]);
+      }
+    }
+  }
+}
+
+using Tile = decltype(&tile<1>);
+template <int... I>
+constexpr Tile pick_tile(int rows, std::integer_sequence<int, I...>) {
+  constexpr Tile table[] = {tile<I + 1>...};
+  return table[rows - 1];
+}
+
+void linear(const PackedMatrix& w, const QuantizedRows& q, const float* bias, float* y, int64_t first, int64_t last) {
+  const size_t record = w.record_bytes(), header = w.header_bytes();
+  const int64_t blocks = w.blocks(), step = std::max<int64_t>(1, kDepth / w.block);
+  const size_t code_bytes = size_t(w.block) * 16;
+  alignas(64) int8_t unpacked[kDepth * 16];
+  alignas(64) float out[kRows][kTile];
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t column = panel * 16;
+    const int width = int(std::min<int64_t>(16, w.outputs - column));
+    for (int64_t b0 = 0; b0 < blocks; b0 += step) {
+      const int count = int(std::min(step, blocks - b0));
+      const uint8_t* records = w.data + size_t(panel * blocks + b0) * record;
+      const int8_t* codes = reinterpret_cast<const int8_t*>(records + header);
+      size_t stride = record;
+      if (w.bits < 8) {
+        for (int b = 0; b < count; ++b) unpack_codes(w, records + b * record + header, unpacked + b * code_bytes);
+        codes = unpacked;
+        stride = code_bytes;
+      }
+      for (int64_t r0 = 0; r0 < q.rows; r0 += kRows) {
+        const int rows = int(std::min<int64_t>(kRows, q.rows - r0));
+        for (int r = 0; r < rows; ++r) {
+          std::memset(out[r], 0, sizeof out[r]);
+          const float* from = b0 ? y + (r0 + r) * w.outputs + column : bias ? bias + column : nullptr;
+          if (from) std::memcpy(out[r], from, width * sizeof(float));
+        }
+        pick_tile(rows, std::make_integer_sequence<int, kRows>())(
+            w, codes, stride, records, record, count, q.codes + r0 * w.inputs + b0 * w.block, w.inputs,
+            q.scales + r0 * blocks + b0, q.sums + r0 * blocks + b0, blocks, out);
+        for (int r = 0; r < rows; ++r) std::memcpy(y + (r0 + r) * w.outputs + column, out[r], width * sizeof(float));
+      }
+    }
+  }
+}
+
+void embed(const PackedMatrix& w, int64_t row, float* out) {
+  const int64_t blocks = w.blocks(), panel = row / 16, lane = row % 16;
+  const size_t record = w.record_bytes(), header = w.header_bytes();
+  alignas(64) int8_t unpacked[32 * 16];
+  alignas(64) float scales[16], minima[16] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t* at = w.data + size_t(panel * blocks + b) * record;
+    for (int v = 0; v < 16; v += kLanes) {
+      store(scales + v, load_half(reinterpret_cast<const uint16_t*>(at) + v) * w.multiplier);
+      if (w.has_min) store(minima + v, load_half(reinterpret_cast<const uint16_t*>(at) + 16 + v) * w.multiplier);
+    }
+    const int8_t* codes = reinterpret_cast<const int8_t*>(at + header);
+    if (w.bits < 8) {
+      unpack_codes(w, at + header, unpacked);
+      codes = unpacked;
+    }
+    for (int i = 0; i < w.block; ++i)
+      out[b * w.block + i] = scales[lane] * float(codes[i / 2 * 32 + lane * 2 + i % 2]) + minima[lane];
+  }
+}
+
+void swiglu(const float* gate, const float* up, float* out, size_t count) {
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Float g = load(gate + i);
+    store(out + i, g / (1.0f + exp(min(-g, splat(88.0f)))) * load(up + i));
+  }
+  for (; i < count; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+}  // namespace
+}  // namespace satchel

@@ -1,0 +1,218 @@
+// The Python face of the native library. kernels/__init__.py is the public one; tests call these directly.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "kv_cache.h"
+#include "variant.h"
+
+namespace py = pybind11;
+using namespace satchel;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+void expect(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// For benchmarks and tests outside of a graph run: as many short-lived threads as asked for.
+Parallel threads(int count) {
+  if (count <= 1) return serial;
+  return [count](size_t total, const Body& body) {
+    std::atomic<size_t> next{0};
+    Guarded guarded(body);
+    auto work = [&] {
+      for (size_t i; (i = next++) < total;) guarded(i);
+    };
+    std::vector<std::thread> helpers;
+    for (int t = 1; t < count; ++t) helpers.emplace_back(work);
+    work();
+    for (std::thread& helper : helpers) helper.join();
+    guarded.rethrow();
+  };
+}
+
+// The owner of a native cache: closing it frees the memory at once, whatever still holds the handle.
+class CacheHandle {
+ public:
+  explicit CacheHandle(std::shared_ptr<KVCache> cache) : cache_(std::move(cache)), id_(register_cache(cache_)) {}
+  ~CacheHandle() { close(); }
+  CacheHandle(const CacheHandle&) = delete;
+  CacheHandle& operator=(const CacheHandle&) = delete;
+  void close() {
+    if (!cache_) return;
+    unregister_cache(id_);
+    cache_.reset();
+  }
+  bool closed() const { return !cache_; }
+  int64_t id() const { return id_; }
+  KVCache& get() const {
+    if (!cache_) throw std::invalid_argument("this KV cache is closed");
+    return *cache_;
+  }
+
+ private:
+  std::shared_ptr<KVCache> cache_;
+  int64_t id_;
+};
+
+Storage parse_storage(const std::string& name) {
+  if (name == "fp32") return Storage::kFloat32;
+  if (name == "bf16") return Storage::kBfloat16;
+  throw std::invalid_argument("KV storage '" + name + "' is not one of fp32, bf16");
+}
+
+PackedMatrix packed_matrix(const Array<uint8_t>& data, int64_t outputs, int64_t inputs, int bits, int block,
+                           bool has_min, float multiplier) {
+  PackedMatrix w{data.data(), outputs, inputs, bits, block, has_min, multiplier};
+  expect(bits == 4 || bits == 5 || bits == 6 || (bits == 8 && !has_min), "bits must be 4, 5, 6 or 8");
+  expect(block == 16 || block == 32, "block must be 16 or 32");
+  expect(inputs > 0 && inputs % 32 == 0 && outputs > 0, "inputs must be a multiple of 32");
+  expect(size_t(data.size()) == w.bytes(), "packed weights have the wrong size");
+  return w;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Satchel's native kernels and KV cache; also the ONNX Runtime custom-op library of the domain 'satchel'.";
+  m.attr("PAGE_TOKENS") = kPageTokens;
+
+  m.def("variants", [] {
+    std::vector<std::string> names;
+    for (const Variant* v : variants()) names.emplace_back(v->name);
+    return names;
+  }, "Instruction sets that this CPU runs, slowest first.");
+  m.def("active_variant", [] { return std::string(active_variant().name); });
+  m.def("select_variant", [](const std::string& name) { select_variant(name.c_str()); }, py::arg("name"));
+
+  m.def("linear", [](const Array<float>& x, const Array<uint8_t>& data, int64_t outputs, int bits, int block,
+                     bool has_min, float multiplier, const std::optional<Array<float>>& bias, int thread_count) {
+    expect(x.ndim() == 2, "x must be a matrix");
+    const PackedMatrix w = packed_matrix(data, outputs, x.shape(1), bits, block, has_min, multiplier);
+    expect(!bias || bias->size() == outputs, "bias has the wrong size");
+    const int64_t rows = x.shape(0);
+    py::array_t<float> y({rows, outputs});
+    float* out = y.mutable_data();
+    const float* in = x.data();
+    const float* b = bias ? bias->data() : nullptr;
+    {
+      py::gil_scoped_release release;
+      std::vector<int16_t> codes(rows * w.inputs);
+      std::vector<float> scales(rows * w.blocks()), sums(rows * w.blocks());
+      QuantizedRows q{codes.data(), scales.data(), sums.data(), rows};
+      active_variant().quantize_rows(w, in, q, 0, rows);
+      threads(thread_count)((w.panels() + 3) / 4, [&](size_t task) {
+        active_variant().linear(w, q, b, out, int64_t(task) * 4, std::min(w.panels(), int64_t(task) * 4 + 4));
+      });
+    }
+    return y;
+  }, py::arg("x"), py::arg("packed"), py::arg("outputs"), py::arg("bits"), py::arg("block"), py::arg("has_min"),
+     py::arg("multiplier"), py::arg("bias") = py::none(), py::arg("threads") = 1,
+     "y [M, N] = x [M, K] times the packed weights' transpose, plus bias [N].");
+
+  m.def("embed", [](const Array<int64_t>& ids, const Array<uint8_t>& data, int64_t outputs, int64_t inputs, int bits,
+                    int block, bool has_min, float multiplier) {
+    const PackedMatrix w = packed_matrix(data, outputs, inputs, bits, block, has_min, multiplier);
+    py::array_t<float> out({int64_t(ids.size()), inputs});
+    for (int64_t i = 0; i < ids.size(); ++i) {
+      expect(ids.data()[i] >= 0 && ids.data()[i] < outputs, "a token id is outside the vocabulary");
+      active_variant().embed(w, ids.data()[i], out.mutable_data() + i * inputs);
+    }
+    return out;
+  }, py::arg("ids"), py::arg("packed"), py::arg("outputs"), py::arg("inputs"), py::arg("bits"), py::arg("block"),
+     py::arg("has_min"), py::arg("multiplier"), "Rows of a packed matrix as float32 [len(ids), inputs].");
+
+  m.def("swiglu", [](const Array<float>& gate, const Array<float>& up) {
+    expect(gate.size() == up.size(), "gate and up differ in size");
+    py::array_t<float> out(std::vector<py::ssize_t>(gate.shape(), gate.shape() + gate.ndim()));
+    active_variant().swiglu(gate.data(), up.data(), out.mutable_data(), gate.size());
+    return out;
+  }, py::arg("gate"), py::arg("up"));
+
+  py::class_<CacheHandle>(m, "KVCache")
+      .def(py::init([](int layers, int heads, int kv_heads, int head_size, const std::string& storage, int thread_count,
+                       int observed_queries, size_t limit_bytes) {
+             return std::make_unique<CacheHandle>(std::make_shared<KVCache>(CacheShape{
+                 layers, heads, kv_heads, head_size, parse_storage(storage), thread_count, observed_queries,
+                 limit_bytes}));
+           }),
+           py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"),
+           py::arg("storage") = "fp32", py::arg("threads") = 1, py::arg("observed_queries") = 0,
+           py::arg("limit_bytes") = 0)
+      .def_property_readonly("handle", &CacheHandle::id)
+      .def_property_readonly("closed", &CacheHandle::closed)
+      .def("close", &CacheHandle::close)
+      .def("fork", [](const CacheHandle& self) {
+        return std::make_unique<CacheHandle>(std::shared_ptr<KVCache>(self.get().fork()));
+      })
+      .def("commit", [](CacheHandle& self) { self.get().commit(); })
+      .def("rollback", [](CacheHandle& self) { self.get().rollback(); })
+      .def("clear", [](CacheHandle& self) { self.get().clear(); })
+      .def("tokens", [](const CacheHandle& self, int layer, int kv_head) { return self.get().tokens(layer, kv_head); },
+           py::arg("layer"), py::arg("kv_head"))
+      .def_property_readonly("bytes", [](const CacheHandle& self) { return self.get().bytes(); })
+      .def_property_readonly("pool_bytes", [](const CacheHandle& self) { return self.get().pool().used_bytes(); })
+      .def_property_readonly("pool_peak_bytes", [](const CacheHandle& self) { return self.get().pool().peak_bytes(); })
+      .def_property_readonly("page_bytes", [](const CacheHandle& self) { return self.get().pool().page_bytes(); })
+      .def("retain", [](CacheHandle& self, int layer, int kv_head, const Array<int32_t>& kept) {
+        py::gil_scoped_release release;
+        self.get().retain(layer, kv_head, kept.data(), int(kept.size()));
+      }, py::arg("layer"), py::arg("kv_head"), py::arg("kept"))
+      .def("read", [](const CacheHandle& self, int layer, int kv_head, bool rotated) {
+        const KVCache& cache = self.get();
+        const py::ssize_t n = cache.tokens(layer, kv_head), d = cache.shape().head_size;
+        py::array_t<float> keys({n, d}), values({n, d});
+        py::array_t<int32_t> positions(n);
+        cache.read(layer, kv_head, rotated, keys.mutable_data(), values.mutable_data(), positions.mutable_data());
+        return py::make_tuple(keys, values, positions);
+      }, py::arg("layer"), py::arg("kv_head"), py::arg("rotated") = true,
+         "(keys [n, D], values [n, D], positions [n]) as float32 and int32; keys after RoPE when `rotated`.")
+      .def("observed", [](const CacheHandle& self, int layer) {
+        const KVCache& cache = self.get();
+        const auto& queries = cache.observed(layer);
+        const auto& positions = cache.observed_positions(layer);
+        py::array_t<float> q({py::ssize_t(positions.size()), py::ssize_t(cache.shape().heads),
+                              py::ssize_t(cache.shape().head_size)});
+        std::copy(queries.begin(), queries.end(), q.mutable_data());
+        py::array_t<int32_t> p(py::ssize_t(positions.size()));
+        std::copy(positions.begin(), positions.end(), p.mutable_data());
+        return py::make_tuple(q, p);
+      }, py::arg("layer"), "(queries before RoPE [n, H, D], positions [n]) of the last chunk's end.")
+      .def("attend", [](CacheHandle& self, int layer, const Array<float>& q, const Array<float>& k,
+                        const Array<float>& v, const Array<int64_t>& positions, const Array<float>& frequencies,
+                        float scale, float softcap, int window, float attention_factor, int thread_count) {
+        KVCache& cache = self.get();
+        const CacheShape& s = cache.shape();
+        const auto shaped = [&](const Array<float>& a, int heads) {
+          return a.ndim() == 3 && a.shape(0) == positions.size() && a.shape(1) == heads && a.shape(2) == s.head_size;
+        };
+        expect(shaped(q, s.heads) && shaped(k, s.kv_heads) && shaped(v, s.kv_heads), "q, k or v has the wrong shape");
+        py::array_t<float> out({q.shape(0), q.shape(1), q.shape(2)});
+        const AttentionSettings settings{layer, scale, softcap, window, int(frequencies.size()) * 2, attention_factor};
+        float* to = out.mutable_data();
+        {
+          py::gil_scoped_release release;
+          try {
+            cache.attend(settings, q.data(), k.data(), v.data(), positions.data(), int(positions.size()),
+                         frequencies.data(), to, threads(thread_count));
+          } catch (const OutOfPages& full) {
+            throw std::runtime_error("the KV cache needs more than its limit of " + std::to_string(full.limit_bytes) +
+                                     " bytes");
+          }
+        }
+        return out;
+      }, py::arg("layer"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("positions"), py::arg("frequencies"),
+         py::kw_only(), py::arg("scale"), py::arg("softcap") = 0.0f, py::arg("window") = 0,
+         py::arg("attention_factor") = 1.0f, py::arg("threads") = 1);
+}

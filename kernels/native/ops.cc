@@ -1,0 +1,284 @@
+// The operators of the domain "satchel", as ONNX Runtime sees them.
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kv_cache.h"
+#include "ort_api.h"
+#include "parallel.h"
+#include "variant.h"
+
+namespace satchel {
+namespace {
+
+ort::Api api;
+
+Parallel pool_of(const ort::KernelContext* context) {
+  return [context](size_t count, const Body& body) {
+    if (count <= 1) return serial(count, body);
+    Guarded guarded(body);
+    api.parallel_for(context, [](void* user, size_t i) { (*static_cast<Guarded*>(user))(i); }, count, &guarded);
+    guarded.rethrow();
+  };
+}
+
+struct Matrix {
+  const float* data;
+  int64_t rows, columns;
+};
+Matrix matrix(const ort::KernelContext* context, size_t index) {
+  const ort::Value* value = api.input(context, index);
+  int64_t sizes[2] = {1, 1};
+  const size_t rank = api.shape(value, sizes, 2);
+  if (rank != 2) throw std::invalid_argument("satchel op: input " + std::to_string(index) + " must be a matrix");
+  return {api.data<const float>(value), sizes[0], sizes[1]};
+}
+int64_t length(const ort::Value* value) {
+  int64_t size = 1;
+  api.shape(value, &size, 1);
+  return size;
+}
+
+PackedMatrix packed_attributes(const ort::KernelInfo* info) {
+  PackedMatrix w{};
+  w.outputs = api.attribute_int(info, "N");
+  w.inputs = api.attribute_int(info, "K");
+  w.bits = int(api.attribute_int(info, "bits"));
+  w.block = int(api.attribute_int(info, "block"));
+  w.has_min = api.attribute_int(info, "has_min") != 0;
+  w.multiplier = api.attribute_float(info, "multiplier");
+  const bool bits_known = w.bits == 4 || w.bits == 5 || w.bits == 6 || w.bits == 8;
+  if (!bits_known || (w.block != 16 && w.block != 32) || w.outputs <= 0 || w.inputs <= 0 || w.inputs % 32 != 0 ||
+      (w.has_min && w.bits == 8))
+    throw std::invalid_argument("satchel op: a packed weight format that this version does not know");
+  return w;
+}
+PackedMatrix packed(const PackedMatrix& attributes, const ort::KernelContext* context, size_t index) {
+  PackedMatrix w = attributes;
+  const ort::Value* value = api.input(context, index);
+  w.data = api.data<const uint8_t>(value);
+  if (size_t(length(value)) != w.bytes()) throw std::invalid_argument("satchel op: packed weights have the wrong size");
+  return w;
+}
+
+// Memory for quantized activations, one for each thread that runs graphs, kept from layer to layer.
+struct ActivationBuffer {
+  std::vector<int16_t> codes;
+  std::vector<float> scales, sums;
+  QuantizedRows rows(const PackedMatrix& w, int64_t count) {
+    const size_t values = size_t(count) * w.inputs, blocks = size_t(count) * w.blocks();
+    if (codes.size() < values) codes.resize(values);
+    if (scales.size() < blocks) scales.resize(blocks), sums.resize(blocks);
+    return {codes.data(), scales.data(), sums.data(), count};
+  }
+};
+
+class QuantizedLinear {
+ public:
+  static constexpr const char* kName = "QuantizedLinear";
+  static constexpr int kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat};
+  static constexpr size_t kInputCount = 3, kRequiredInputs = 2;
+  explicit QuantizedLinear(const ort::KernelInfo* info) : attributes_(packed_attributes(info)) {}
+
+  void compute(ort::KernelContext* context) const {
+    const Matrix x = matrix(context, 0);
+    const PackedMatrix w = packed(attributes_, context, 1);
+    const float* bias = nullptr;
+    if (api.input_count(context) > 2)
+      if (const ort::Value* value = api.input(context, 2)) {
+        bias = api.data<const float>(value);
+        if (length(value) != w.outputs) throw std::invalid_argument("satchel.QuantizedLinear: bias has the wrong size");
+      }
+    if (x.columns != w.inputs) throw std::invalid_argument("satchel.QuantizedLinear: x has the wrong width");
+    const int64_t sizes[2] = {x.rows, w.outputs};
+    float* y = api.data<float>(api.output(context, 0, sizes, 2));
+    if (x.rows == 0) return;
+
+    const Parallel parallel = pool_of(context);
+    const Variant& variant = active_variant();
+    static thread_local ActivationBuffer buffer;
+    QuantizedRows rows = buffer.rows(w, x.rows);
+    constexpr int64_t kRowsPerTask = 16;
+    parallel(size_t((x.rows + kRowsPerTask - 1) / kRowsPerTask), [&](size_t task) {
+      const int64_t first = int64_t(task) * kRowsPerTask;
+      variant.quantize_rows(w, x.data, rows, first, std::min(x.rows, first + kRowsPerTask));
+    });
+    // One row: tasks of about 64 KB of weights, above the cost of handing out a task. Many rows: 4 panels.
+    const int64_t panel_bytes = w.blocks() * int64_t(w.record_bytes());
+    const int64_t per_task = x.rows > 8 ? 4 : std::max<int64_t>(1, 65536 / panel_bytes);
+    parallel(size_t((w.panels() + per_task - 1) / per_task), [&](size_t task) {
+      const int64_t first = int64_t(task) * per_task;
+      variant.linear(w, rows, bias, y, first, std::min(w.panels(), first + per_task));
+    });
+  }
+
+ private:
+  PackedMatrix attributes_;
+};
+
+class QuantizedEmbedding {
+ public:
+  static constexpr const char* kName = "QuantizedEmbedding";
+  static constexpr int kInputs[] = {ort::kInt64, ort::kUint8};
+  static constexpr size_t kInputCount = 2, kRequiredInputs = 2;
+  explicit QuantizedEmbedding(const ort::KernelInfo* info) : attributes_(packed_attributes(info)) {}
+
+  void compute(ort::KernelContext* context) const {
+    const ort::Value* ids_value = api.input(context, 0);
+    const int64_t tokens = length(ids_value);
+    const auto* ids = api.data<const int64_t>(ids_value);
+    const PackedMatrix w = packed(attributes_, context, 1);
+    const int64_t sizes[2] = {tokens, w.inputs};
+    float* out = api.data<float>(api.output(context, 0, sizes, 2));
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (ids[t] < 0 || ids[t] >= w.outputs)
+        throw std::invalid_argument("token id " + std::to_string(ids[t]) + " is outside the vocabulary of " +
+                                    std::to_string(w.outputs));
+      active_variant().embed(w, ids[t], out + t * w.inputs);
+    }
+  }
+
+ private:
+  PackedMatrix attributes_;
+};
+
+class SwiGLU {
+ public:
+  static constexpr const char* kName = "SwiGLU";
+  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat};
+  static constexpr size_t kInputCount = 2, kRequiredInputs = 2;
+  explicit SwiGLU(const ort::KernelInfo*) {}
+
+  void compute(ort::KernelContext* context) const {
+    const Matrix gate = matrix(context, 0), up = matrix(context, 1);
+    if (gate.rows != up.rows || gate.columns != up.columns)
+      throw std::invalid_argument("satchel.SwiGLU: gate and up differ in shape");
+    const int64_t sizes[2] = {gate.rows, gate.columns};
+    float* out = api.data<float>(api.output(context, 0, sizes, 2));
+    const size_t count = size_t(gate.rows) * gate.columns, slice = 1 << 15;
+    pool_of(context)((count + slice - 1) / slice, [&](size_t task) {
+      const size_t first = task * slice;
+      active_variant().swiglu(gate.data + first, up.data + first, out + first, std::min(slice, count - first));
+    });
+  }
+};
+
+class CachedAttention {
+ public:
+  static constexpr const char* kName = "CachedAttention";
+  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64, ort::kInt64, ort::kFloat};
+  static constexpr size_t kInputCount = 6, kRequiredInputs = 6;
+  explicit CachedAttention(const ort::KernelInfo* info)
+      : heads_(int(api.attribute_int(info, "heads"))),
+        kv_heads_(int(api.attribute_int(info, "kv_heads"))),
+        head_size_(int(api.attribute_int(info, "head_size"))) {
+    settings_.layer = int(api.attribute_int(info, "layer"));
+    settings_.scale = api.attribute_float(info, "scale");
+    settings_.softcap = api.attribute_float(info, "softcap");
+    settings_.window = int(api.attribute_int(info, "window"));
+    settings_.rope_dims = int(api.attribute_int(info, "rope_dims"));
+    settings_.rope_attention_factor = api.attribute_float(info, "rope_attention_factor");
+  }
+
+  void compute(ort::KernelContext* context) const {
+    const Matrix q = matrix(context, 0), k = matrix(context, 1), v = matrix(context, 2);
+    const ort::Value* positions = api.input(context, 3);
+    const ort::Value* frequencies = api.input(context, 5);
+    const auto cache = find_cache(*api.data<const int64_t>(api.input(context, 4)));
+    const CacheShape& shape = cache->shape();
+    if (shape.heads != heads_ || shape.kv_heads != kv_heads_ || shape.head_size != head_size_)
+      throw std::invalid_argument("satchel.CachedAttention: the cache was made for another model");
+    const int64_t kv_width = int64_t(kv_heads_) * head_size_;
+    if (q.columns != int64_t(heads_) * head_size_ || k.columns != kv_width || v.columns != kv_width ||
+        k.rows != q.rows || v.rows != q.rows || length(positions) != q.rows ||
+        length(frequencies) != settings_.rope_dims / 2)
+      throw std::invalid_argument("satchel.CachedAttention: the inputs' shapes disagree");
+    const int64_t sizes[2] = {q.rows, q.columns};
+    float* out = api.data<float>(api.output(context, 0, sizes, 2));
+    try {
+      cache->attend(settings_, q.data, k.data, v.data, api.data<const int64_t>(positions), int(q.rows),
+                    api.data<const float>(frequencies), out, pool_of(context));
+    } catch (const OutOfPages& full) {
+      throw std::runtime_error("the KV cache needs more than its limit of " + std::to_string(full.limit_bytes) + " bytes");
+    }
+  }
+
+ private:
+  int heads_, kv_heads_, head_size_;
+  AttentionSettings settings_{};
+};
+
+// The table of C functions that makes a class above an operator. No C++ exception crosses into ONNX Runtime.
+template <class Op>
+const ort::CustomOp* table() {
+  static const ort::CustomOp op = [] {
+    ort::CustomOp t{};
+    t.version = ort::kApiVersion;
+    t.name = [](const ort::CustomOp*) { return Op::kName; };
+    t.execution_provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
+    t.input_type = [](const ort::CustomOp*, size_t i) { return Op::kInputs[i]; };
+    t.input_count = [](const ort::CustomOp*) { return Op::kInputCount; };
+    t.output_type = [](const ort::CustomOp*, size_t) { return int(ort::kFloat); };
+    t.output_count = [](const ort::CustomOp*) { return size_t(1); };
+    t.input_characteristic = [](const ort::CustomOp*, size_t i) {
+      return int(i < Op::kRequiredInputs ? ort::kRequired : ort::kOptional);
+    };
+    t.output_characteristic = [](const ort::CustomOp*, size_t) { return int(ort::kRequired); };
+    t.input_memory_type = [](const ort::CustomOp*, size_t) { return 0; };
+    t.variadic_input_min = [](const ort::CustomOp*) { return 1; };
+    t.variadic_input_homogeneous = [](const ort::CustomOp*) { return 1; };
+    t.variadic_output_min = [](const ort::CustomOp*) { return 1; };
+    t.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
+    t.start_version = [](const ort::CustomOp*) { return 1; };
+    t.end_version = [](const ort::CustomOp*) { return INT32_MAX; };
+    t.destroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
+    t.create_kernel_v2 = [](const ort::CustomOp*, const void*, const ort::KernelInfo* info,
+                            void** kernel) -> ort::Status* {
+      try {
+        *kernel = new Op(info);
+        return nullptr;
+      } catch (const std::exception& error) {
+        return api.create_status(ort::kInvalidArgument, error.what());
+      }
+    };
+    t.compute_v2 = [](void* kernel, ort::KernelContext* context) -> ort::Status* {
+      try {
+        static_cast<const Op*>(kernel)->compute(context);
+        return nullptr;
+      } catch (const std::invalid_argument& error) {
+        return api.create_status(ort::kInvalidArgument, error.what());
+      } catch (const std::exception& error) {
+        return api.create_status(ort::kFail, error.what());
+      }
+    };
+    return t;
+  }();
+  return &op;
+}
+
+}  // namespace
+}  // namespace satchel
+
+extern "C" __attribute__((visibility("default"))) satchel::ort::Status* RegisterCustomOps(
+    satchel::ort::SessionOptions* options, const satchel::ort::ApiBase* base) {
+  using namespace satchel;
+  const void* const* slots = base->get_api(ort::kApiVersion);
+  if (!slots) return nullptr;
+  api = ort::Api(slots);
+  static ort::CustomOpDomain* domain = nullptr;  // lives as long as the process: sessions refer to it
+  try {
+    if (!domain) {
+      ort::CustomOpDomain* made = nullptr;
+      api.check(api.create_domain("satchel", &made));
+      for (const ort::CustomOp* op : {table<QuantizedLinear>(), table<QuantizedEmbedding>(), table<SwiGLU>(),
+                                      table<CachedAttention>()})
+        api.check(api.domain_add(made, op));
+      domain = made;
+    }
+    return api.add_domain(options, domain);
+  } catch (const std::exception& error) {
+    return api.create_status(ort::kFail, error.what());
+  }
+}

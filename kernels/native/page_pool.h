@@ -1,0 +1,62 @@
+// Memory of cache pages: large blocks from the operating system, given back at once when the last cache closes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "variant.h"
+
+namespace satchel {
+
+// Raised when a page is needed that the byte limit has no room for.
+struct OutOfPages {
+  size_t limit_bytes;
+};
+
+class PagePool : public std::enable_shared_from_this<PagePool> {
+ public:
+  PagePool(int head_size, Storage storage, size_t limit_bytes);
+  ~PagePool();
+  PagePool(const PagePool&) = delete;
+  PagePool& operator=(const PagePool&) = delete;
+
+  size_t page_bytes() const { return page_bytes_; }
+  size_t limit_bytes() const { return limit_bytes_; }
+  size_t used_bytes() const;
+  size_t peak_bytes() const;
+
+ private:
+  friend class Page;
+  uint8_t* take();
+  void give_back(uint8_t* memory);
+
+  const size_t page_bytes_, limit_bytes_;
+  mutable std::mutex mutex_;
+  std::vector<void*> slabs_;
+  std::vector<uint8_t*> free_;
+  size_t used_ = 0, peak_ = 0;
+};
+
+// kPageTokens keys and values of one KV head of one layer. Shared between forks: written only while it has one owner.
+class Page {
+ public:
+  Page(std::shared_ptr<PagePool> pool, int head_size, Storage storage);
+  ~Page();
+  Page(const Page&) = delete;
+  Page& operator=(const Page&) = delete;
+
+  void* keys() const { return memory_; }
+  void* values() const { return memory_ + values_at_; }
+  int32_t* positions() const { return reinterpret_cast<int32_t*>(memory_ + 2 * values_at_); }
+  void copy_from(const Page& other);
+
+ private:
+  std::shared_ptr<PagePool> pool_;
+  uint8_t* memory_;
+  size_t values_at_;
+};
+
+}  // namespace satchel

@@ -1,0 +1,78 @@
+// The hot loops, as a table of functions: one table per instruction set, all made from variant.cc.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace satchel {
+
+constexpr int kPageTokens = 64;  // tokens of a cache page: 4 key tiles; 16 KB of float keys at head size 64 (half an L1)
+
+enum class Storage : int { kFloat32 = 0, kBfloat16 = 1 };
+inline size_t element_bytes(Storage s) { return s == Storage::kFloat32 ? 4 : 2; }
+
+// A weight matrix [outputs, inputs] in panels of 16 outputs (export/packing.py has the layout, byte by byte).
+struct PackedMatrix {
+  const uint8_t* data;
+  int64_t outputs, inputs;
+  int bits, block;
+  bool has_min;
+  float multiplier;
+
+  int64_t panels() const { return (outputs + 15) / 16; }
+  int64_t blocks() const { return inputs / block; }
+  size_t header_bytes() const { return has_min ? 64 : 32; }
+  size_t record_bytes() const { return header_bytes() + size_t(block) * 2 * bits; }
+  size_t bytes() const { return size_t(panels()) * blocks() * record_bytes(); }
+};
+
+// Rows of activations as 16-bit integers, one scale for each block of inputs.
+struct QuantizedRows {
+  int16_t* codes;  // [rows, inputs]
+  float* scales;   // [rows, blocks]
+  float* sums;     // [rows, blocks]: sum of the block's values, for weights with a minimum
+  int64_t rows;
+};
+
+// One page of one KV head: keys after RoPE, channel-major in tiles of 16 tokens [4][D][16]; values [64][D].
+struct PageView {
+  const void* keys;
+  const void* values;
+  const int32_t* positions;  // ascending; kPageTokens of them, the unused ones INT32_MAX
+  int tokens;
+};
+
+// Attention of a range of query rows of one KV head over some of its pages.
+struct AttentionTask {
+  const float* queries;         // [rows, D], after RoPE and scale
+  const int32_t* row_positions;  // [rows], ascending
+  int rows;
+  const PageView* pages;
+  int pages_count;
+  int head_size;
+  Storage storage;
+  float softcap;  // 0: none
+  int window;     // 0: none
+  float* out;       // [rows, D]: the weighted sum of values, divided by its weight when `normalize`
+  float* maxima;    // [rows] largest logit seen (-inf: none), and
+  float* weights;   // [rows] sum of exp(logit - maximum)
+  bool normalize;
+};
+
+struct Variant {
+  const char* name;
+  void (*quantize_rows)(const PackedMatrix&, const float* x, QuantizedRows&, int64_t first_row, int64_t last_row);
+  // y[:, 16*first_panel : 16*last_panel] = x Wt (+ bias)
+  void (*linear)(const PackedMatrix&, const QuantizedRows&, const float* bias, float* y, int64_t first_panel,
+                 int64_t last_panel);
+  void (*embed)(const PackedMatrix&, int64_t row, float* out);  // one row of the matrix, [inputs]
+  void (*attend)(const AttentionTask&);
+  void (*swiglu)(const float* gate, const float* up, float* out, size_t count);
+};
+
+std::vector<const Variant*> variants();  // those that this CPU can run, slowest first
+const Variant& active_variant();         // the last of them, or the one that SATCHEL_SIMD or select_variant names
+void select_variant(const char* name);   // throws std::invalid_argument when this CPU has no such variant
+
+}  // namespace satchel

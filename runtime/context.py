@@ -1,0 +1,280 @@
+"""One conversation over a document: questions and answers, forks, cancelling."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import KVCache
+from ..devices.machine import peak_rss_bytes
+from ..devices.planner import Plan
+from ..devices.sizes import format_size
+from ..errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
+from ..export.hub.reporting import Progress
+from .engine import Cancelled
+from .sampling import Sampler, SamplingOptions
+
+if TYPE_CHECKING:
+    from .model import Model
+
+DEFAULT_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took. Seconds, tokens, bytes; ``kv`` as in ``satchel ask --json``.
+
+    ``finish_reason``: ``stop`` (the model ended), ``length`` (max_new_tokens), ``context`` (the model's context or the
+    memory was full), ``cancelled``.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    reopened: bool
+    read_seconds: float
+    ttft_seconds: float
+    decode_tokens_per_second: float
+    peak_rss_bytes: int
+    kv: dict[str, int]
+    policy: str
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer: its text, and what it took."""
+
+    text: str
+    usage: Usage
+
+
+class Context:
+    """Made by `Model.read`. Turns of one conversation follow each other; `fork` for independent questions.
+
+    Not for use by two threads at once, except `cancel`.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, plan: Plan, *, fresh: bool, has_system: bool) -> None:
+        self._model = model
+        self._cache = cache
+        self.plan = plan
+        self.read_seconds = 0.0
+        self.reopened = False
+        self.is_fork = False
+        self._fresh = fresh  # nothing was read: the first turn brings the template's beginning
+        self._first_turn = True
+        self._has_system = has_system
+        self._ids: list[int] = []  # everything the cache has seen, for the repetition penalty
+        self._pending: list[int] = []  # the last answer's last token: shown, but not yet run
+        self._cancel = threading.Event()
+        self._last: Answer | None = None
+
+    # --- Asking --------------------------------------------------------------------------------------------------
+
+    def ask(self, question: str, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, **sampling: Any) -> Answer:
+        """The answer to the next question of this conversation.
+
+        ``sampling``: ``temperature`` (0 is greedy), ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``seed``.
+
+        Raises:
+            ContextLengthError: the question does not fit behind the document.
+            MemoryLimitError: it does not fit into the memory limit.
+            OptionError: a sampling value is out of range.
+            ClosedError: the context is closed.
+        """
+        for _ in self.stream(question, max_new_tokens=max_new_tokens, **sampling):
+            pass
+        assert self._last is not None
+        return self._last
+
+    def stream(self, question: str, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, **sampling: Any) -> Iterator[str]:
+        """As `ask`, piece by piece; afterwards `last_answer` has the whole. Arguments are checked before the first."""
+        self._require_open()
+        if not question.strip():
+            raise OptionError("the question is empty; ask something")
+        if max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+        try:
+            sampler = Sampler(SamplingOptions(**sampling))
+        except TypeError:
+            known = ", ".join(SamplingOptions.__dataclass_fields__)
+            raise OptionError(f"unknown sampling option among {', '.join(sampling)}; known are {known}") from None
+        ids = self._turn_ids(question)
+        room = self._model.context_length - self._cache.total_tokens
+        if len(ids) >= room:
+            raise ContextLengthError(
+                f"the question has {len(ids):,} tokens but {room:,} of the model's {self._model.context_length:,} are "
+                "left in this conversation; start a new one or give fewer pages"
+            )
+        return self._generate(ids, sampler, min(max_new_tokens, room - len(ids)), max_new_tokens)
+
+    @property
+    def last_answer(self) -> Answer | None:
+        """The answer that was streamed last, cancelled ones included."""
+        return self._last
+
+    def cancel(self) -> None:
+        """Stops reading or answering, from any thread. The conversation goes on after what was said so far."""
+        self._cancel.set()
+        self._model.engine.cancel()
+
+    def fork(self) -> Context:
+        """An independent conversation with the same past; it costs the memory of what differs."""
+        self._require_open()
+        twin = Context(self._model, self._cache.fork(), self.plan, fresh=self._fresh, has_system=self._has_system)
+        twin.read_seconds, twin.reopened, twin.is_fork = self.read_seconds, self.reopened, True
+        twin._first_turn = self._first_turn
+        twin._ids, twin._pending = list(self._ids), list(self._pending)
+        self._model.adopt(twin)
+        return twin
+
+    # --- State ---------------------------------------------------------------------------------------------------
+
+    @property
+    def kv(self) -> dict[str, int]:
+        """Bytes and tokens of the cache by tier, as ``kv`` in ``satchel ask --json``."""
+        self._require_open()
+        return self._cache.usage().to_json()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read and written in this conversation."""
+        return self._cache.total_tokens
+
+    @property
+    def policy(self) -> str:
+        """``full``, or the scorer that prunes the cache."""
+        return "full" if self._cache.hot_tokens is None else self._model.options.settings.scorer
+
+    def close(self) -> None:
+        """Frees the memory of this conversation at once."""
+        self._cache.close()
+        self._model.forget(self)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- Reading -------------------------------------------------------------------------------------------------
+
+    def prefill(self, ids: Sequence[int], progress: Progress) -> NDArray[np.float32] | None:
+        """Reads ``ids`` chunk by chunk; the logits after the last one (None for no ids). For `Model.read`.
+
+        Raises Cancelled when `cancel` was called; the cache then holds the whole chunks read so far.
+        """
+        self._cancel.clear()
+        total, row = len(ids), None
+        progress("reading", 0, total)
+        for first in range(0, total, self.plan.chunk):
+            row = self._run(ids[first : first + self.plan.chunk])
+            progress("reading", min(first + self.plan.chunk, total), total)
+        self._cache.demote()  # forks then have room for a question and its answer without touching what is shared
+        return row
+
+    def _run(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        if self._cancel.is_set():
+            raise Cancelled("reading was cancelled")
+        self._make_room(len(ids))
+        row = self._model.engine.run(ids, self._cache)
+        self._ids.extend(ids)
+        return row
+
+    def _make_room(self, tokens: int) -> None:
+        capacity = self.plan.capacity_tokens
+        if self._cache.held_tokens() + tokens <= capacity:
+            return
+        if self._cache.hot_tokens is None:
+            if self._model.options.policy == "full":
+                raise MemoryLimitError(
+                    f"this conversation has outgrown {format_size(self.plan.limit_bytes)} of memory with policy full; "
+                    "raise the limit or use policy auto",
+                    smallest_bytes=self.plan.limit_bytes + self.plan.kv_limit_bytes // 2,
+                )
+            self._cache.hot_tokens = max(capacity - self.plan.chunk, self._model.options.settings.least_hot_tokens)
+            self._model.notice(f"the memory limit is reached: {self._cache.hot_tokens:,} tokens stay hot from here on")
+        self._cache.demote()
+
+    # --- Turns ---------------------------------------------------------------------------------------------------
+
+    def _turn_ids(self, question: str) -> list[int]:
+        template, tokenizer = self._model.template, self._model.tokenizer
+        if not self._first_turn:
+            return self._pending + tokenizer.encode_segments(template.next_turn(question), start=False)
+        if self._fresh:
+            rendered = template.render([{"role": "user", "content": question}])
+            before, found, after = rendered.partition(question)
+            segments = [(before, True), (found, False), (after, True)]
+            return tokenizer.encode_segments([s for s in segments if s[0]], start=True)
+        return tokenizer.encode_segments(template.rest(question, system=self._has_system), start=False)
+
+    def _generate(self, ids: list[int], sampler: Sampler, limit: int, asked: int) -> Iterator[str]:
+        self._cancel.clear()
+        begun = time.perf_counter()
+        stream = self._model.tokenizer.stream()
+        stops = frozenset(self._model.package.manifest.tokenizer.stop_ids)
+        pieces: list[str] = []
+        produced, first_at, reason = 0, 0.0, "cancelled"
+        prompt_tokens = self._cache.total_tokens + len(ids)
+        try:
+            row = self._read_turn(ids)
+            self._first_turn, self._pending = False, []
+            while True:
+                token = sampler.sample(row, self._ids)
+                produced += 1
+                first_at = first_at or time.perf_counter()
+                if token in stops:
+                    reason = "stop"
+                    break
+                self._pending = [token]
+                piece = stream.push(token)
+                if piece:
+                    pieces.append(piece)
+                    yield piece
+                if produced >= limit:
+                    reason = "length" if limit == asked else "context"
+                    break
+                row = self._run(self._pending)
+                self._pending = []
+        except Cancelled:
+            pass
+        finally:
+            rest = stream.finish()
+            pieces.append(rest)
+            now = time.perf_counter()
+            self._last = Answer(
+                "".join(pieces),
+                Usage(
+                    prompt_tokens=prompt_tokens,
+                    new_tokens=produced,
+                    reopened=self.reopened,
+                    read_seconds=self.read_seconds,
+                    ttft_seconds=(first_at or now) - begun,
+                    decode_tokens_per_second=(produced - 1) / (now - first_at) if produced > 1 else 0.0,
+                    peak_rss_bytes=peak_rss_bytes(),
+                    kv={} if self._cache.closed else self._cache.usage().to_json(),
+                    policy=self.policy,
+                    finish_reason=reason,
+                ),
+            )
+        if rest:
+            yield rest
+
+    def _read_turn(self, ids: list[int]) -> NDArray[np.float32]:
+        """Reads a question; when that is cancelled half-way, the conversation is as before it."""
+        row: NDArray[np.float32] | None = None
+        for first in range(0, len(ids), self.plan.chunk):
+            row = self._run(ids[first : first + self.plan.chunk])
+        assert row is not None, "a turn has at least the template's tokens"
+        return row
+
+    def _require_open(self) -> None:
+        if self._cache.closed:
+            raise ClosedError("this context is closed; read the document again")

@@ -1,0 +1,43 @@
+"""What this process holds and what a model's work costs, for the planner."""
+
+from __future__ import annotations
+
+from .. import kernels
+from ..cache import CacheSettings
+from ..devices.planner import Costs
+from ..export.package import Package
+
+STORAGE_BYTES = {"bf16": 2, "fp32": 4}
+
+
+def page_bytes(head_size: int, storage: str) -> int:
+    """Bytes of one cache page of one KV head: keys, values, positions, in whole cache lines."""
+    tokens = kernels.PAGE_TOKENS
+    raw = 2 * tokens * head_size * STORAGE_BYTES[storage] + 4 * tokens
+    return -(-raw // 64) * 64
+
+
+def scratch_bytes_per_chunk_token(package: Package) -> int:
+    """Working memory of the graph for each token of a chunk.
+
+    The widest point of the graph is the feed-forward block: residual, normed input, gate, up and their product in
+    float32, beside the product's 16-bit codes; ONNX Runtime's arena keeps about one more of the wide ones, and the
+    attention's workspace holds queries and outputs of all heads twice.
+    """
+    spec = package.spec
+    wide, hidden, heads = spec.feed_forward, spec.hidden, spec.heads * spec.head_size
+    return 4 * (4 * wide + 6 * hidden + 6 * heads) + 3 * wide
+
+
+def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, observed_queries: int) -> Costs:
+    """The planner's figures for one conversation with this model."""
+    spec = package.spec
+    pages = spec.layers * spec.kv_heads
+    return Costs(
+        process_bytes=process_bytes,
+        weight_bytes=package.weight_bytes,
+        scratch_bytes_per_chunk_token=scratch_bytes_per_chunk_token(package),
+        page_tokens=kernels.PAGE_TOKENS,
+        kv_bytes_per_page=pages * page_bytes(spec.head_size, settings.storage),
+        observed_bytes=observed_queries * spec.layers * spec.heads * spec.head_size * 4,
+    )

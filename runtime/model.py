@@ -1,0 +1,288 @@
+"""`load`: a model by name, file or folder, ready to read documents inside one memory limit."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import CacheSettings, KVCache
+from ..cache.scorers import find_scorer, scorer_names
+from ..devices.machine import cores_usable, default_memory_limit, resident_memory
+from ..devices.planner import Plan, make_plan
+from ..devices.sizes import format_size, parse_size
+from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
+from ..export.hub.registry import DEFAULT_MODEL
+from ..export.hub.reporting import Notice, Progress, log_notice, no_progress
+from ..export.package import Package
+from ..export.resolve import resolve_model
+from .chat_template import ChatTemplate
+from .context import Context
+from .documents import read_documents
+from .engine import Engine
+from .memory import costs_of
+from .tokenizer import Tokenizer
+
+DEVICES = ("cpu",)
+ANSWER_ROOM = 1024  # tokens of questions and answers that a plan makes room for beside the document
+NAMED_POLICY_HOT_TOKENS = 2048  # of a policy asked for by name, without a budget of its own
+READ_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is used, checked."""
+
+    memory_bytes: int
+    policy: str
+    settings: CacheSettings
+    threads: int
+
+    @classmethod
+    def check(
+        cls, memory: str | int | None, policy: str, kv: Mapping[str, object] | None, threads: int | None, device: str
+    ) -> Options:
+        """Raises OptionError for anything unknown or out of range."""
+        if device not in DEVICES:
+            raise OptionError(f"device {device!r} is not supported by this version; use {' or '.join(DEVICES)}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise OptionError(f"threads is {threads}; give a number from 1 to 1024")
+        settings = CacheSettings.parse(kv)
+        if policy in scorer_names():
+            settings = replace(settings, scorer=policy, hot_tokens=settings.hot_tokens or NAMED_POLICY_HOT_TOKENS)
+        elif policy not in ("auto", "full"):
+            known = ", ".join(("auto", "full", *scorer_names()))
+            raise OptionError(f"policy {policy!r} is not known; choose one of {known}")
+        if policy == "full" and settings.hot_tokens is not None:
+            raise OptionError("policy full keeps every token: leave out kv hot_tokens, or use policy auto")
+        limit = default_memory_limit() if memory is None else parse_size(memory)
+        return cls(limit, policy, settings, threads or cores_usable())
+
+
+class Model:
+    """A loaded model. Contexts made by `read` share its weights and nothing else."""
+
+    def __init__(self, package: Package, options: Options, *, name: str, notice: Notice = log_notice) -> None:
+        self.name = name
+        self.options = options
+        self._package = package
+        self._notice = notice
+        self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
+        tokens = package.manifest.tokenizer
+        self._template = ChatTemplate(
+            tokens.chat_template, bos_token=self._spelling(tokens.bos_id), eos_token=self._spelling(tokens.eos_id)
+        )
+        self._engine: Engine | None = Engine(package, options.threads)
+        self._contexts: list[Context] = []
+        self._used_bytes = resident_memory().total_bytes
+        self._has_run = False
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """``encode(text) -> list[int]`` and ``decode(ids) -> str``."""
+        return self._tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return self._template
+
+    @property
+    def package(self) -> Package:
+        """The files and the spec behind this model."""
+        return self._package
+
+    @property
+    def engine(self) -> Engine:
+        """The session. Raises ClosedError after `close`."""
+        if self._engine is None:
+            raise ClosedError(f"the model {self.name} is closed; load it again")
+        return self._engine
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token in a full cache of 16-bit floats."""
+        return self._package.spec.kv_bytes_per_token
+
+    @property
+    def context_length(self) -> int:
+        """The longest text, in tokens, that the model was trained for."""
+        return self._package.spec.context_length
+
+    def read(
+        self, documents: str | Path | Sequence[str | Path], *, progress: Progress | None = None, system: str | None = None
+    ) -> Context:
+        """Reads files or folders (``-``: standard input) into a new conversation.
+
+        ``progress(stage, done, total)`` is called with the stage ``reading`` and tokens; ``print`` will do.
+
+        Raises:
+            DocumentError: a document cannot be read as text.
+            ContextLengthError: it is longer than the model's context.
+            MemoryLimitError: it does not fit into the memory limit; the message has the limit that would do.
+        """
+        sources = [documents] if isinstance(documents, (str, Path)) else list(documents)
+        read = read_documents(sources)
+        for line in read.notices:
+            self._notice(line)
+        return self.read_text(read.text, progress=progress, system=system)
+
+    def read_text(self, text: str, *, progress: Progress | None = None, system: str | None = None) -> Context:
+        """As `read`, for a text that is at hand. An empty one starts a conversation without a document."""
+        begun = time.perf_counter()
+        if text and not text.strip():
+            raise DocumentError("the document has only white space; nothing to read")
+        ids = self._first_ids(text, system)
+        limit = self.context_length
+        if len(ids) >= limit:
+            raise ContextLengthError(
+                f"the document has {len(ids):,} tokens, the model {self.name} reads at most {limit:,}; "
+                "give fewer pages, or a model with a longer context (see 'satchel models')"
+            )
+        context = self._open_context(len(ids), has_document=bool(text), has_system=system is not None)
+        try:
+            context.prefill(ids, progress or no_progress)
+        except BaseException:
+            context.close()
+            raise
+        context.read_seconds = time.perf_counter() - begun
+        return context
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [vocab] after these ids, with the full cache and fresh state: for tests and tools."""
+        return self.last_logits(token_ids)
+
+    def last_logits(self, token_ids: Sequence[int], *, chunk: int = READ_CHUNK) -> NDArray[np.float32]:
+        """As `logits`, read ``chunk`` tokens at a time."""
+        ids = list(token_ids)
+        if not ids:
+            raise OptionError("no token ids given; logits follow at least one token")
+        vocab = self._package.spec.vocab
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise OptionError(f"a token id is outside the vocabulary of {vocab}")
+        cache = KVCache(self.engine.cache_shape, self.options.settings, hot_tokens=None, threads=self.options.threads)
+        try:
+            for first in range(0, len(ids), chunk):
+                row = self.engine.run(ids[first : first + chunk], cache)
+            return row
+        finally:
+            cache.close()
+
+    def close(self) -> None:
+        """Closes every context and gives the weights back."""
+        for context in list(self._contexts):
+            context.close()
+        self._engine = None
+        gc.collect()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- For contexts --------------------------------------------------------------------------------------------
+
+    def forget(self, context: Context) -> None:
+        """A context was closed."""
+        if context in self._contexts:
+            self._contexts.remove(context)
+
+    def adopt(self, context: Context) -> None:
+        """A context was made (by `read` or by a fork)."""
+        self._contexts.append(context)
+
+    def notice(self, text: str) -> None:
+        """Tells the person one line."""
+        self._notice(text)
+
+    def _first_ids(self, text: str, system: str | None) -> list[int]:
+        segments = self._template.prefix(system, text) if text or system is not None else []
+        return self._tokenizer.encode_segments(segments) if segments else []
+
+    def _spelling(self, token: int | None) -> str:
+        return "" if token is None else self._tokenizer.decode([token], special=True)
+
+    def _open_context(self, tokens: int, *, has_document: bool, has_system: bool) -> Context:
+        plan = self._plan(min(tokens + ANSWER_ROOM, self.context_length))
+        settings = self.options.settings
+        if plan.hot_tokens is not None:
+            self._notice(
+                f"{format_size(plan.limit_bytes)} of memory: {plan.hot_tokens:,} of {tokens:,} tokens stay hot for "
+                f"each head (policy {settings.scorer})"
+            )
+        self._has_run = True
+        cache = KVCache(
+            self.engine.cache_shape,
+            settings,
+            hot_tokens=plan.hot_tokens,
+            threads=self.options.threads,
+            limit_bytes=plan.kv_limit_bytes,
+        )
+        context = Context(self, cache, plan, fresh=not (has_document or has_system), has_system=has_system)
+        self.adopt(context)
+        return context
+
+    def _plan(self, tokens: int) -> Plan:
+        if not self._has_run:  # later, weights and scratch are resident and would be counted twice
+            gc.collect()
+            self._used_bytes = max(self._used_bytes, resident_memory().total_bytes)
+        others = sum(context.plan.kv_limit_bytes for context in self._contexts if not context.is_fork)
+        settings, policy = self.options.settings, self.options.policy
+        observed = 0 if policy == "full" else find_scorer(settings.scorer).observed_queries
+        costs = costs_of(
+            self._package, settings, process_bytes=self._used_bytes + others, observed_queries=observed
+        )
+        return make_plan(
+            costs,
+            self.options.memory_bytes,
+            tokens=tokens,
+            least_hot_tokens=settings.least_hot_tokens,
+            hot_tokens=settings.hot_tokens,
+            chunk=settings.chunk,
+            keep_everything=policy == "full",
+        )
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    memory: str | int | None = None,
+    policy: str = "auto",
+    kv: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    notice: Callable[[str], object] | None = None,
+) -> Model:
+    """Loads a model: a registry name, a package folder, or a .gguf file (exported once, then cached).
+
+    Args:
+        memory: limit of the whole process, such as ``"1.5GB"`` or a number of bytes; None: what the machine can give.
+        policy: ``full`` keeps every token, ``auto`` what fits, a scorer's name prunes by it.
+        kv: settings of the cache: ``hot_tokens``, ``chunk``, ``sinks``, ``window``, ``scorer``, ``storage``.
+        threads: None: all cores that this process may use.
+        cache: reserved for snapshots of read documents, which this version does not write yet.
+        cache_dir: where models and packages lie; None: the platform's cache folder.
+        progress: called with (stage, done, total) while a model is fetched or exported.
+        notice: called with lines that a person should know; None: the logger ``satchel``.
+
+    Raises:
+        OptionError: an argument is unknown or out of range.
+        ModelError, DownloadError, StorageError: the model cannot be had.
+    """
+    del cache
+    options = Options.check(memory, policy, kv, threads, device)
+    tell = notice or log_notice
+    package = resolve_model(
+        model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell
+    )
+    return Model(package, options, name=str(model), notice=tell)

@@ -1,0 +1,38 @@
+"""Fixtures for tests marked ``real``; see ``real_files.py`` for where the files come from."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _load_real_files() -> ModuleType:
+    """``tests`` is no package and not on the path (import mode importlib): it is loaded by its file."""
+    name = "satchel_tests_real_files"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("real_files.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """``real_model(name)``: the path of a registry model's .gguf. One that cannot be had fails the test."""
+    get: Callable[[str], Path] = _load_real_files().real_model
+    return get
+
+
+@pytest.fixture(scope="session")
+def real_document() -> Callable[[str], Path]:
+    """``real_document(name)``: policy.txt, policy.html (a folder), policy.pdf, policy.epub or bible.txt."""
+    get: Callable[[str], Path] = _load_real_files().real_document
+    return get
