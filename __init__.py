@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     ClosedError,
     ContextLengthError,
@@ -13,7 +16,9 @@ from .errors import (
     SatchelError,
     StorageError,
 )
-from .runtime import Answer, Context, Model, Usage, load
+
+if TYPE_CHECKING:
+    from .runtime import Answer, Context, Model, Usage, load
 
 __version__ = "0.1.0"
 
@@ -34,3 +39,10 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The runtime is loaded at first use: `satchel models` and `--help` need no inference engine."""
+    if name in ("Answer", "Context", "Model", "Usage", "load"):
+        return getattr(import_module(".runtime", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

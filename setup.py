@@ -14,6 +14,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 NATIVE = Path("kernels") / "native"
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
@@ -49,6 +50,13 @@ class BuildVariants(build_ext):
         super().build_extension(ext)
 
 
+class BuildModules(build_py):
+    """Leaves this very file out of the package, whose folder is the repository root."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
+
 FOLDERS = ("runtime", "export", "cache", "kernels", "devices", "cli")
 packages = ["satchel"] + [
     f"satchel.{name}" for folder in FOLDERS for name in (folder, *(f"{folder}.{p}" for p in find_packages(folder)))
@@ -65,5 +73,5 @@ setup(
             depends=[str(p) for p in NATIVE.glob("*.h")],
         )
     ] if NATIVE.exists() else [],
-    cmdclass={"build_ext": BuildVariants},
+    cmdclass={"build_ext": BuildVariants, "build_py": BuildModules},
 )

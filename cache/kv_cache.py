@@ -138,10 +138,11 @@ class KVCache:
         tokens, heads = self._native.tokens(layer, 0), self._shape.kv_heads
         if self._scorer.needs_pairs:
             pairs = [self._native.read(layer, head) for head in range(heads)]
-            keys, values, positions = (np.stack([pair[i] for pair in pairs]) for i in range(3))
+            keys, values = (np.stack([pair[i] for pair in pairs]) for i in range(2))
+            positions = np.stack([pair[2] for pair in pairs])
         else:
             keys = values = np.empty((heads, tokens, 0), dtype=np.float32)
-            positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), (heads, tokens))
+            positions = np.tile(np.arange(tokens, dtype=np.int32), (heads, 1))
         queries, query_positions = self._native.observed(layer)
         return LayerView(
             keys, values, positions, queries, query_positions, self._shape.frequencies, self._shape.scale

@@ -7,6 +7,9 @@ on any system, so that tests can make a machine up.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import mmap
 import os
 import platform
@@ -109,6 +112,14 @@ def peak_rss_bytes(root: Path = ROOT) -> int:
     """
     peak = None if _by_calls(root) else _kilobytes(root / "proc/self/status", "VmHWM")
     return platforms.peak_resident_bytes() if peak is None else peak
+
+
+def release_free_memory() -> None:
+    """Gives freed but kept memory back to the system (glibc keeps it for later; elsewhere nothing is done)."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def default_memory_limit(root: Path = ROOT) -> int:

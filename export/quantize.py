@@ -16,6 +16,8 @@ from .packing import round_factors
 # the range is cut at its ends, below 1 it is left partly unused. Symmetric 8 bits gain nothing from more than
 # two.
 TRIALS = {4: (1.0, 0.95, 1.04, 1.08, 1.12, 1.17, 1.22, 1.28, 1.34), 8: (1.0, 1.004)}
+# rounds of codes → factors → codes after the search: each lowers the error, by less and less
+REFINEMENTS = 2
 HALF_MAX = 65504.0
 
 EIGHT = BlockFormat(8, 32)
@@ -71,23 +73,37 @@ def _symmetric(blocks: Floats, bits: int, multiplier: float) -> tuple[Bytes, Flo
 
 
 def _with_min(blocks: Floats, bits: int, multiplier: float) -> tuple[Bytes, Floats, Floats]:
-    top, count = (1 << bits) - 1, blocks.shape[1]
+    top = (1 << bits) - 1
     low, high = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
-    middle, total = (low + high) / 2, blocks.sum(axis=1, keepdims=True)
+    middle = (low + high) / 2
     best_scale, best_min = (high - low) / np.float32(top), low
     best_error = np.full_like(low, np.inf)
     for trial in TRIALS[bits]:
-        scale = (high - low) / np.float32(top * trial)
-        codes = np.clip(np.rint((blocks - middle) * _inverse(scale) + np.float32(top / 2)), 0, top)
-        first, square = codes.sum(axis=1, keepdims=True), np.einsum("bk,bk->b", codes, codes)[:, None]
-        product = np.einsum("bk,bk->b", blocks, codes)[:, None]
-        scale = (count * product - first * total) * _inverse(count * square - first * first)
-        mins = (total - scale * first) / np.float32(count)
-        rest = blocks - codes * scale - mins
-        error = np.einsum("bk,bk->b", rest, rest)[:, None]
+        step = (high - low) / np.float32(top * trial)
+        scale, mins, error = _regression(
+            blocks, _codes(blocks, step, middle - step * np.float32(top / 2), top)
+        )
         better = error < best_error
         best_scale, best_min = np.where(better, scale, best_scale), np.where(better, mins, best_min)
         best_error = np.where(better, error, best_error)
+    for _ in range(REFINEMENTS):
+        best_scale, best_min, _ = _regression(blocks, _codes(blocks, best_scale, best_min, top))
     scales, mins = stored_factors(best_scale, multiplier), stored_factors(best_min, multiplier)
-    codes = np.clip(np.rint((blocks - mins) * _inverse(scales)), 0, top)
-    return codes.astype(np.uint8), scales, mins
+    return _codes(blocks, scales, mins, top).astype(np.uint8), scales, mins
+
+
+def _codes(blocks: Floats, scales: Floats, mins: Floats, top: int) -> Floats:
+    """The nearest codes, still as floats."""
+    codes: Floats = np.clip(np.rint((blocks - mins) * _inverse(scales)), 0, top)
+    return codes
+
+
+def _regression(blocks: Floats, codes: Floats) -> tuple[Floats, Floats, Floats]:
+    """Scale and minimum of each block that fit its codes best, and the squared error that is left."""
+    count, total = blocks.shape[1], blocks.sum(axis=1, keepdims=True)
+    first, square = codes.sum(axis=1, keepdims=True), np.einsum("bk,bk->b", codes, codes)[:, None]
+    product = np.einsum("bk,bk->b", blocks, codes)[:, None]
+    scale = (count * product - first * total) * _inverse(count * square - first * first)
+    mins = (total - scale * first) / np.float32(count)
+    rest = blocks - codes * scale - mins
+    return scale, mins, np.einsum("bk,bk->b", rest, rest)[:, None]

@@ -50,7 +50,8 @@ _STOP_TOKENS = frozenset(
         *("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "[EOS]"),
     ]
 )
-_CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]", re.DOTALL)
+# Not "</s>": Gemma has it as a user-defined token for HTML; where it ends a sequence it is marked control.
+_CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]", re.DOTALL)
 
 # --- How byte-level vocabularies cut text into words ------------------------------------------------------
 

@@ -4,7 +4,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 PAGE_TOKENS: int
-__file__: str
 
 def variants() -> list[str]: ...
 def active_variant() -> str: ...

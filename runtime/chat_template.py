@@ -306,30 +306,34 @@ class ChatTemplate:
                 raise ModelError(f"the chat template of the model fails: {_line(error)}") from error
         return "".join(pieces)
 
-    def prefix(self, system: str | None, document: str) -> list[Segment]:
-        """What can be read before a question is known: up to the end of the document.
+    def prefix(self, system: str | None, document: str | None) -> list[Segment]:
+        """What can be read before a question is known: up to the end of the document (None: there is none).
 
         Raises ModelError when the template changes the text of a message or does not write it once, in order.
         """
         split = self._split(system is not None)
-        if split.strips:
-            document = document.lstrip() if document.strip() else ""
         segments = [Segment(split.head, True)]
+        begun = False  # whether the user's message has text already, so that stripping does not reach further
         if system is not None:
-            shown = system.strip() if split.strips else system
+            begun = not split.supports_system
+            stripped = system.lstrip() if begun else system.strip()
+            shown = stripped if split.strips else system
             segments += [Segment(shown, False), Segment(split.middle, split.supports_system)]
-        segments.append(Segment(document, False))
-        self._check_prefix(split, system, document, _text(segments))
+        if document is not None:
+            shown = document.lstrip() if split.strips and not begun else document
+            segments.append(Segment(shown, False))
+            self._check_prefix(split, system, document, _text(segments))
         return _joined(segments)
 
-    def rest(self, question: str, *, system: bool = False) -> list[Segment]:
+    def rest(self, question: str, *, system: bool = False, document: bool = True) -> list[Segment]:
         """What follows ``prefix``: the question and everything up to where the answer begins.
 
-        ``system``: whether the prefix has a system text.
+        ``system`` and ``document``: whether the prefix has them.
         """
         split = self._split(system)
-        question = question.rstrip() if split.strips else question
-        return _joined([Segment(_BETWEEN + question, False), Segment(split.tail, True)])
+        if split.strips:
+            question = question.rstrip() if document else question.strip()
+        return _joined([Segment((_BETWEEN if document else "") + question, False), Segment(split.tail, True)])
 
     def next_turn(self, question: str) -> list[Segment]:
         """What follows the last word of an answer: its end-of-turn token, the next question and everything

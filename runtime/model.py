@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..cache import CacheSettings, KVCache
 from ..cache.scorers import find_scorer, scorer_names
-from ..devices.machine import cores_usable, default_memory_limit, resident_memory
+from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
 from ..devices.planner import Plan, make_plan
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
@@ -80,6 +79,7 @@ class Model:
         )
         self._engine: Engine | None = Engine(package, options.threads)
         self._contexts: list[Context] = []
+        release_free_memory()
         self._used_bytes = resident_memory().total_bytes
         self._has_run = False
 
@@ -179,7 +179,7 @@ class Model:
         for context in list(self._contexts):
             context.close()
         self._engine = None
-        gc.collect()
+        release_free_memory()
 
     def __enter__(self) -> Model:
         return self
@@ -231,7 +231,7 @@ class Model:
 
     def _plan(self, tokens: int) -> Plan:
         if not self._has_run:  # later, weights and scratch are resident and would be counted twice
-            gc.collect()
+            release_free_memory()
             self._used_bytes = max(self._used_bytes, resident_memory().total_bytes)
         others = sum(context.plan.kv_limit_bytes for context in self._contexts if not context.is_fork)
         settings, policy = self.options.settings, self.options.policy

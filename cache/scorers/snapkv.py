@@ -25,13 +25,13 @@ class SnapKV(Scorer):
         scores = np.empty((kv_heads, tokens), dtype=np.float32)
         for head in range(kv_heads):
             rows = queries[:, head * group : (head + 1) * group].reshape(-1, queries.shape[-1])
-            logits = rows @ view.keys[head].T * np.float32(view.scale)
-            unseen = view.positions[head] > np.repeat(view.query_positions, group)[:, None]
-            logits[unseen] = -np.inf
+            logits = rows @ (view.keys[head] * np.float32(view.scale)).T
+            newest = int(np.searchsorted(view.positions[head], view.query_positions[0], side="right"))
+            unseen = view.positions[head, newest:] > np.repeat(view.query_positions, group)[:, None]
+            logits[:, newest:][unseen] = -np.inf
             logits -= logits.max(axis=1, keepdims=True)
-            np.exp(logits, out=logits)
-            logits /= logits.sum(axis=1, keepdims=True)
-            scores[head] = pool(logits.mean(axis=0))
+            weights = np.exp(logits, out=logits)
+            scores[head] = pool((1 / weights.sum(axis=1)) @ weights / np.float32(len(rows)))
         return scores
 
 

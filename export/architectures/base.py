@@ -219,7 +219,7 @@ def _check_shapes(source: Source, weights: tuple[WeightRole, ...]) -> None:
             )
         if not is_readable(tensor.type_name):
             raise ModelError(
-                f"{source.path}: tensor {weight.tensor} has the type {tensor.type_name}, which is unreadable; "
+                f"{source.path}: tensor {weight.tensor} has the unreadable type {tensor.type_name}; "
                 "use a file in another quantization"
             )
     used = {weight.tensor for weight in weights} | {ROPE_FACTORS}

@@ -31,10 +31,6 @@ void put(void* array, Storage storage, size_t index, float x) {
   else
     static_cast<uint16_t*>(array)[index] = to_bf16(x);
 }
-float get(const void* array, Storage storage, size_t index) {
-  return storage == Storage::kFloat32 ? static_cast<const float*>(array)[index]
-                                      : from_bf16(static_cast<const uint16_t*>(array)[index]);
-}
 // Where channel d of token t lies in a page's keys: tiles of 16 tokens, channel-major inside a tile.
 size_t key_index(int t, int d, int head_size) {
   return size_t(t / kTileTokens) * kTileTokens * head_size + size_t(d) * kTileTokens + t % kTileTokens;
@@ -277,32 +273,32 @@ void KVCache::run_tasks(const AttentionSettings& s, int tokens, float* out, cons
     }
 }
 
+namespace {
+template <class T>
+void copy_token(const Page& source, int from, Page& target, int to, int head_size) {
+  const T* keys = static_cast<const T*>(source.keys()) + key_index(from, 0, head_size);
+  T* keys_to = static_cast<T*>(target.keys()) + key_index(to, 0, head_size);
+  for (int d = 0; d < head_size; ++d) keys_to[d * kTileTokens] = keys[d * kTileTokens];
+  std::memcpy(static_cast<T*>(target.values()) + size_t(to) * head_size,
+              static_cast<const T*>(source.values()) + size_t(from) * head_size, head_size * sizeof(T));
+  target.positions()[to] = source.positions()[from];
+}
+}  // namespace
+
 void KVCache::retain(int layer, int kv_head, const int32_t* kept, int count) {
   Head& head = layers_.at(layer).heads.at(kv_head);
   for (int i = 0; i < count; ++i)
     if (kept[i] < 0 || kept[i] >= head.tokens || (i && kept[i] <= kept[i - 1]))
       throw std::invalid_argument("retain: indices must ascend and lie inside the head");
-  const int D = shape_.head_size;
-  const size_t item = element_bytes(shape_.storage);
   for (int to = 0; to < count; ++to) {
     const int from = kept[to];
     if (from == to) continue;
     Page& target = writable(head, to / kPageTokens);
     const Page& source = *head.pages[from / kPageTokens];
-    const int a = from % kPageTokens, b = to % kPageTokens;
-    auto* keys_to = static_cast<uint8_t*>(target.keys());
-    const auto* keys_from = static_cast<const uint8_t*>(source.keys());
-    if (item == 4)
-      for (int d = 0; d < D; ++d)
-        reinterpret_cast<float*>(keys_to)[key_index(b, d, D)] =
-            reinterpret_cast<const float*>(keys_from)[key_index(a, d, D)];
+    if (shape_.storage == Storage::kFloat32)
+      copy_token<float>(source, from % kPageTokens, target, to % kPageTokens, shape_.head_size);
     else
-      for (int d = 0; d < D; ++d)
-        reinterpret_cast<uint16_t*>(keys_to)[key_index(b, d, D)] =
-            reinterpret_cast<const uint16_t*>(keys_from)[key_index(a, d, D)];
-    std::memcpy(static_cast<uint8_t*>(target.values()) + size_t(b) * D * item,
-                static_cast<const uint8_t*>(source.values()) + size_t(a) * D * item, D * item);
-    target.positions()[b] = source.positions()[a];
+      copy_token<uint16_t>(source, from % kPageTokens, target, to % kPageTokens, shape_.head_size);
   }
   truncate(head, count);
   head.committed = head.tokens;
@@ -310,26 +306,42 @@ void KVCache::retain(int layer, int kv_head, const int32_t* kept, int count) {
 
 int KVCache::tokens(int layer, int kv_head) const { return layers_.at(layer).heads.at(kv_head).tokens; }
 
+namespace {
+// A page's tokens as floats [tokens, D], keys out of their channel-major tiles.
+template <class T, class Convert>
+void copy_page(const Page& page, int tokens, int head_size, Convert convert, float* keys, float* values) {
+  const T* from = static_cast<const T*>(page.keys());
+  for (int first = 0; first < tokens; first += kTileTokens, from += kTileTokens * head_size)
+    for (int t = 0, n = std::min(kTileTokens, tokens - first); t < n; ++t)
+      for (int d = 0; d < head_size; ++d)
+        keys[size_t(first + t) * head_size + d] = convert(from[d * kTileTokens + t]);
+  const T* value = static_cast<const T*>(page.values());
+  for (size_t i = 0; i < size_t(tokens) * head_size; ++i) values[i] = convert(value[i]);
+}
+}  // namespace
+
 void KVCache::read(int layer, int kv_head, bool rotated, float* keys, float* values, int32_t* positions) const {
   const Layer& l = layers_.at(layer);
   const Head& head = l.heads.at(kv_head);
   const int D = shape_.head_size, half = int(l.frequencies.size());
+  for (int first = 0; first < head.tokens; first += kPageTokens) {
+    const Page& page = *head.pages[first / kPageTokens];
+    const int n = std::min(kPageTokens, head.tokens - first);
+    std::copy_n(page.positions(), n, positions + first);
+    float *to_keys = keys + size_t(first) * D, *to_values = values + size_t(first) * D;
+    if (shape_.storage == Storage::kFloat32)
+      copy_page<float>(page, n, D, [](float x) { return x; }, to_keys, to_values);
+    else
+      copy_page<uint16_t>(page, n, D, from_bf16, to_keys, to_values);
+  }
+  if (rotated) return;
   std::vector<float> rope(2 * half), key(D);
   const float undo = 1.0f / (l.attention_factor * l.attention_factor);
   for (int t = 0; t < head.tokens; ++t) {
-    const Page& page = *head.pages[t / kPageTokens];
-    const int slot = t % kPageTokens;
-    positions[t] = page.positions()[slot];
-    for (int d = 0; d < D; ++d) key[d] = get(page.keys(), shape_.storage, key_index(slot, d, D));
-    for (int d = 0; d < D; ++d)
-      values[size_t(t) * D + d] = get(page.values(), shape_.storage, size_t(slot) * D + d);
-    float* to = keys + size_t(t) * D;
-    if (rotated) {
-      std::copy(key.begin(), key.end(), to);
-      continue;
-    }
     rope_at(positions[t], l.frequencies, l.attention_factor, rope.data());
     for (int i = 0; i < half; ++i) rope[half + i] = -rope[half + i];  // the rotation backwards
+    float* to = keys + size_t(t) * D;
+    std::copy_n(to, D, key.begin());
     rotate(key.data(), rope.data(), half, D, 1.0f, to);
     for (int i = 0; i < 2 * half; ++i) to[i] *= undo;
   }

@@ -15,33 +15,6 @@ namespace {
 
 constexpr int64_t kDepth = 512;  // inputs per pass: 16 outputs x 512 codes and 6 rows x 512 x 2 bytes share a 32 KB L1
 
-void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int64_t first, int64_t last) {
-  const int64_t blocks = w.blocks();
-  for (int64_t r = first; r < last; ++r) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const float* in = x + r * w.inputs + b * w.block;
-      Float peak{}, total{};
-      for (int i = 0; i < w.block; i += kLanes) {
-        const Float v = load(in + i);
-        peak = max(peak, max(v, -v));
-        total += v;
-      }
-      const float amax = largest(peak);
-      const float inverse = amax > 0 ? 32767.0f / amax : 0.0f;
-      int16_t* out = q.codes + r * w.inputs + b * w.block;
-      for (int i = 0; i < w.block; i += kLanes) {
-        const Float shifted = load(in + i) * inverse + 12582912.0f;  // rounds to nearest
-        const Int n = __builtin_convertvector(shifted - 12582912.0f, Int);
-        typedef int16_t HalfSigned __attribute__((vector_size(kLanes * 2)));
-        const HalfSigned narrow = __builtin_convertvector(n, HalfSigned);
-        std::memcpy(out + i, &narrow, sizeof narrow);
-      }
-      q.scales[r * blocks + b] = amax / 32767.0f * w.multiplier;
-      q.sums[r * blocks + b] = sum(total) * w.multiplier;
-    }
-  }
-}
-
 // Codes of one record as signed bytes [kBlock/2 pairs][16 outputs][2]; `zero` is subtracted.
 template <int kBits, int kBlock>
 inline void unpack_codes(const uint8_t* packed, uint8_t zero, int8_t* out) {
@@ -69,8 +42,7 @@ inline void unpack_codes(const uint8_t* packed, uint8_t zero, int8_t* out) {
     }
   }
 }
-inline void unpack_codes(const PackedMatrix& w, const uint8_t* packed, int8_t* out) {
-  const uint8_t zero = w.has_min ? 0 : uint8_t(1 << (w.bits - 1));
+inline void unpack_codes(const PackedMatrix& w, const uint8_t* packed, uint8_t zero, int8_t* out) {
   switch (w.bits * 100 + w.block) {
     case 432: return unpack_codes<4, 32>(packed, zero, out);
     case 532: return unpack_codes<5, 32>(packed, zero, out);
@@ -78,6 +50,52 @@ inline void unpack_codes(const PackedMatrix& w, const uint8_t* packed, int8_t* o
     case 416: return unpack_codes<4, 16>(packed, zero, out);
     case 516: return unpack_codes<5, 16>(packed, zero, out);
     default: return unpack_codes<6, 16>(packed, zero, out);
+  }
+}
+inline void unpack_signed(const PackedMatrix& w, const uint8_t* packed, int8_t* out) {
+  unpack_codes(w, packed, w.has_min ? 0 : uint8_t(1 << (w.bits - 1)), out);
+}
+inline void unpack_unsigned(const PackedMatrix& w, const uint8_t* packed, int8_t* out) { unpack_codes(w, packed, 0, out); }
+
+}  // namespace
+}  // namespace satchel
+
+#include "linear_bytes_kernel.h"
+
+namespace satchel {
+namespace {
+
+void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int64_t first, int64_t last) {
+  const int64_t blocks = w.blocks();
+#if defined(__AVX2__)
+  if (fits_bytes(w)) {
+    for (int64_t r = first; r < last; ++r)
+      quantize_row_bytes(w, x + r * w.inputs, q.codes + r * w.inputs, q.scales + r * blocks, q.sums + r * blocks);
+    return;
+  }
+#endif
+  for (int64_t r = first; r < last; ++r) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float* in = x + r * w.inputs + b * w.block;
+      Float peak{}, total{};
+      for (int i = 0; i < w.block; i += kLanes) {
+        const Float v = load(in + i);
+        peak = max(peak, max(v, -v));
+        total += v;
+      }
+      const float amax = largest(peak);
+      const float inverse = amax > 0 ? 32767.0f / amax : 0.0f;
+      int16_t* out = q.codes + r * w.inputs + b * w.block;
+      for (int i = 0; i < w.block; i += kLanes) {
+        const Float shifted = load(in + i) * inverse + 12582912.0f;  // rounds to nearest
+        const Int n = __builtin_convertvector(shifted - 12582912.0f, Int);
+        typedef int16_t HalfSigned __attribute__((vector_size(kLanes * 2)));
+        const HalfSigned narrow = __builtin_convertvector(n, HalfSigned);
+        std::memcpy(out + i, &narrow, sizeof narrow);
+      }
+      q.scales[r * blocks + b] = amax / 32767.0f * w.multiplier;
+      q.sums[r * blocks + b] = sum(total) * w.multiplier;
+    }
   }
 }
 
@@ -122,6 +140,9 @@ constexpr Tile pick_tile(int rows, std::integer_sequence<int, I...>) {
 }
 
 void linear(const PackedMatrix& w, const QuantizedRows& q, const float* bias, float* y, int64_t first, int64_t last) {
+#if defined(__AVX2__)
+  if (fits_bytes(w)) return linear_bytes(w, q, bias, y, first, last);
+#endif
   const size_t record = w.record_bytes(), header = w.header_bytes();
   const int64_t blocks = w.blocks(), step = std::max<int64_t>(1, kDepth / w.block);
   const size_t code_bytes = size_t(w.block) * 16;
@@ -136,7 +157,7 @@ void linear(const PackedMatrix& w, const QuantizedRows& q, const float* bias, fl
       const int8_t* codes = reinterpret_cast<const int8_t*>(records + header);
       size_t stride = record;
       if (w.bits < 8) {
-        for (int b = 0; b < count; ++b) unpack_codes(w, records + b * record + header, unpacked + b * code_bytes);
+        for (int b = 0; b < count; ++b) unpack_signed(w, records + b * record + header, unpacked + b * code_bytes);
         codes = unpacked;
         stride = code_bytes;
       }
@@ -169,7 +190,7 @@ void embed(const PackedMatrix& w, int64_t row, float* out) {
     }
     const int8_t* codes = reinterpret_cast<const int8_t*>(at + header);
     if (w.bits < 8) {
-      unpack_codes(w, at + header, unpacked);
+      unpack_signed(w, at + header, unpacked);
       codes = unpacked;
     }
     for (int i = 0; i < w.block; ++i)

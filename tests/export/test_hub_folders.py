@@ -24,7 +24,7 @@ from satchel.export.hub import (
     safe_write,
 )
 from satchel.export.hub.cache_folder import exported_packages, package_folder
-from satchel.export.hub.file_lock import file_lock
+from satchel.export.hub.file_lock import LockUnsupportedError, file_lock
 from satchel.export.hub.registry import REGISTRY_PATH, parse_registry
 from satchel.export.hub.safe_write import remove_stale, temporary_file, temporary_folder
 
@@ -195,7 +195,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
 
 def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(_: int) -> bool:
-        raise safe_write.LockUnsupportedError(errno.ENOLCK, "no locks")
+        raise LockUnsupportedError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(safe_write, "try_lock", unsupported)
     new, old = (tmp_path / f"{safe_write.TEMPORARY_PREFIX}{name}" for name in ("new", "old"))

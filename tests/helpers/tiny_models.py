@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MERGES = ("t h", "th e", "Ġ t", "Ġ a", "i n", "e r", "Ġt he", "Ġ 1", "o n", "r e")
+MERGES = ("t h", "th e", "Ġ t", "Ġ a", "i n", "e r", "Ġ the", "Ġ 1", "o n", "r e")
 MIXED_TYPES = ("Q5_0", "Q8_0", "Q4_1", "F16", "Q4_0", "Q5_1", "BF16")
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 # where the float16 factors of a K-quant's super-block lie
@@ -139,7 +139,7 @@ def write_tiny_gguf(
         output: ``tied`` (no output matrix), ``twice`` (the embedding again, as Q8_0) or ``separate``.
         biases: of query, key and value; by default what the architecture has.
         rope_factors: head_size/2 divisors of the RoPE frequencies, as Llama 3 files carry them.
-        metadata: further keys, without the architecture's prefix when they start with a dot.
+        metadata: further keys, or other values of those above; a leading dot stands for the architecture.
     """
     size = head_size or hidden // heads
     weights = tiny_weights(
@@ -159,9 +159,9 @@ def write_tiny_gguf(
     if head_size is not None:
         writer.add_key_length(head_size)
         writer.add_value_length(head_size)
+    _add_vocabulary(writer, vocab)
     for key, value in (metadata or {}).items():
         _add_value(writer, architecture + key if key.startswith(".") else key, value)
-    _add_vocabulary(writer, vocab)
     if output == "tied":
         del weights["output.weight"]
     elif output == "twice":
@@ -179,6 +179,8 @@ def write_tiny_gguf(
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    for pairs in writer.kv_data:
+        pairs.pop(key, None)
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -229,6 +231,8 @@ def _add_tensors(
         kind = gguf.GGMLQuantizationType[type_name]
         if type_name in K_QUANT_HALVES:
             raw = random_blocks(type_name, *values.shape, rng)
+        elif type_name == "I8":  # a type that no model uses: for tests of refusals
+            raw = values.astype(np.int8)
         else:
             raw = gguf.quantize(values, kind)
         writer.add_tensor(name, raw, raw_dtype=kind)

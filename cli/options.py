@@ -1,0 +1,140 @@
+"""The options that commands share: one decorator, checked before a model is fetched or a document is read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..cache.scorers import scorer_names
+from ..cache.settings import CacheSettings
+from ..errors import OptionError
+from ..export.hub.registry import DEFAULT_MODEL
+from ..export.hub.reporting import Notice, Progress
+from ..runtime import Model, load
+from ..runtime.context import DEFAULT_NEW_TOKENS
+from ..runtime.model import DEVICES, Options
+from ..runtime.sampling import SamplingOptions
+
+_POLICIES = ("auto", "full", *scorer_names())
+_KV_KEYS = ", ".join(sorted(CacheSettings.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """What a person said about the model, its memory and its answers."""
+
+    model: str
+    memory: str | None
+    policy: str
+    kv: Mapping[str, str]
+    threads: int | None
+    device: str
+    cache_dir: Path | None
+    no_cache: bool
+    max_new_tokens: int
+    sampling: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Raises click.UsageError for a value that no model could work with."""
+        try:
+            Options.check(self.memory, self.policy, self.kv, self.threads, self.device)
+            SamplingOptions(**self.sampling)
+        except OptionError as error:
+            raise click.UsageError(str(error), click.get_current_context(silent=True)) from error
+
+    def load(self, *, progress: Progress | None = None, notice: Notice | None = None) -> Model:
+        """The model, fetched and exported first where that is needed. Raises as `load` of the library."""
+        return load(
+            self.model,
+            memory=self.memory,
+            policy=self.policy,
+            kv=self.kv,
+            threads=self.threads,
+            device=self.device,
+            cache=not self.no_cache,
+            cache_dir=self.cache_dir,
+            progress=progress,
+            notice=notice,
+        )
+
+
+def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    settings = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE; known keys are {_KV_KEYS}", ctx, parameter)
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+_MODEL_OPTIONS = (
+    click.option("-m", "--model", metavar="NAME|PATH", default=DEFAULT_MODEL, show_default=True,
+                 help="A name that 'satchel models' lists, a .gguf file, or a folder made by 'satchel export'."),
+    click.option("--memory", metavar="SIZE",
+                 help="Limit of the whole process, such as 800MB, 1.2GB or 2GiB.  [default: what is free, less a "
+                      "margin]"),
+    click.option("--policy", metavar="|".join(_POLICIES), default="auto", show_default=True,
+                 help="full keeps every token, auto what fits into the memory; a name keeps what that method "
+                      "finds most important."),
+    click.option("--kv", metavar="KEY=VALUE", multiple=True, callback=_pairs,
+                 help=f"A setting of the KV cache, repeatable: {_KV_KEYS}."),
+    click.option("--threads", type=click.IntRange(1, 1024), metavar="N",
+                 help="Threads to compute with.  [default: the cores that this process may use]"),
+    click.option("--device", type=click.Choice(DEVICES), default=DEVICES[0], show_default=True,
+                 help="Where to compute."),
+    click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
+                 help="Keep models in this folder (else $SATCHEL_CACHE_DIR, else the platform's cache "
+                      "folder)."),
+    click.option("--no-cache", is_flag=True,
+                 help="Neither use nor write snapshots of what was read. This version writes none yet, so this "
+                      "changes nothing."),
+)  # fmt: skip
+
+_ANSWER_OPTIONS = (
+    click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", default=DEFAULT_NEW_TOKENS,
+                 show_default=True, help="Longest answer, in tokens."),
+    click.option("--temperature", type=click.FloatRange(min=0), metavar="X", default=0.0, show_default=True,
+                 help="0 always takes the likeliest token; higher values vary more."),
+    click.option("--top-k", type=click.IntRange(min=0), metavar="N", default=0, show_default=True,
+                 help="Choose among the N likeliest tokens; 0: all."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", default=1.0,
+                 show_default=True,
+                 help="Choose among the likeliest tokens that together have this probability; 1: all."),
+    click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", default=0.0,
+                 show_default=True,
+                 help="Leave out tokens less than X times as likely as the likeliest; 0: none."),
+    click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), metavar="X",
+                 default=1.0, show_default=True,
+                 help="Above 1 makes tokens that occurred less likely; 1: off."),
+    click.option("--seed", type=click.IntRange(min=0), metavar="N",
+                 help="With a temperature above 0: the same seed, the same answer.  [default: a new one]"),
+)  # fmt: skip
+_SAMPLING = tuple(SamplingOptions.__dataclass_fields__)
+
+
+def common_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds the common options to a command, which gets them as one argument ``options``, checked.
+
+    Example:
+        @click.command("ask")
+        @common_options
+        def command(options: CommonOptions) -> None: ...
+    """
+
+    @functools.wraps(function)
+    def bundled(**values: Any) -> None:
+        sampling = {name: values.pop(name) for name in _SAMPLING}
+        own = {name: values.pop(name) for name in CommonOptions.__dataclass_fields__ if name in values}
+        options = CommonOptions(**own, sampling=sampling)
+        options.check()
+        function(options=options, **values)
+
+    for option in reversed((*_MODEL_OPTIONS, *_ANSWER_OPTIONS)):
+        bundled = option(bundled)
+    return bundled
