@@ -21,11 +21,9 @@ X86 = platform.machine().lower() in {"x86_64", "amd64"}
 # file name of a variant -> its compiler flags; kernels/native/dispatch.cc chooses among them at run time
 VARIANTS = {"baseline": []}
 if X86:
-    VARIANTS |= {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c",
-                   "-mprefer-vector-width=512"],
-    }
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type",
           "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 

@@ -11,6 +11,7 @@ from satchel.kernels import _native
 FILL_CHUNK = 512
 FILL_WINDOW = 16  # filling looks back no further, which makes it cheap
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+Inputs = tuple[Any, Any, Any, Any]  # q [T, H, D], k and v [T, K, D], positions [T]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +40,14 @@ class Attention:
                 self.attend(layer, chunk, window=FILL_WINDOW)
             self._cache.commit()
 
-    def inputs(self, count: int, first: int) -> tuple[Any, ...]:
-        """Random (q, k, v, positions) of ``count`` tokens."""
+    def inputs(self, count: int, first: int) -> Inputs:
+        """Random ones of ``count`` tokens."""
         shapes = ((count, heads, self._given.head_size)
                   for heads in (self._given.heads, self._given.kv_heads, self._given.kv_heads))
         q, k, v = (self._rng.standard_normal(shape).astype(np.float32) for shape in shapes)
         return q, k, v, np.arange(first, first + count, dtype=np.int64)
 
-    def attend(self, layer: int, inputs: tuple[Any, ...], window: int = 0) -> None:
+    def attend(self, layer: int, inputs: Inputs, window: int = 0) -> None:
         self._cache.attend(
             layer, *inputs, self._frequencies, scale=self._given.head_size**-0.5, window=window,
             threads=self._given.threads,

@@ -1,17 +1,18 @@
 """The quantized linear layer, y [M, N] = x [M, K] times packed weights: a chunk, some rows, one row.
 
-The default shapes are of qwen2.5-coder-0.5b (gate and up; down; query and output) and one of a larger model. One
-and four rows (decoding) read their weights from memory, as a model does: copies of the matrix, together larger
-than the CPU's caches, take turns.
+The default shapes are of qwen2.5-coder-0.5b (gate and up; down; query and output) and one of a larger model.
+One and four rows (decoding) read their weights from memory, as a model does: copies of the matrix, together
+larger than the CPU's caches, take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
-from measuring import Row, median_seconds, parse_options, report, sweep_variants
+from measuring import Row, make_parser, median_seconds, report, sweep_variants
 from satchel.export.blocks import BlockFormat, BlockTensor
 from satchel.export.packing import pack
 from satchel.kernels import _native
@@ -36,6 +37,12 @@ def packed_copies(form: BlockFormat, inputs: int, outputs: int, cold: bool) -> l
     return [first, *(first.copy() for _ in range(COLD_BYTES // first.size if cold else 0))]
 
 
+def run_layer(x: Any, turns: list[Any], outputs: int, form: BlockFormat, threads: int, take: int) -> None:
+    """The layer once, over the copy whose turn it is."""
+    packed = turns[take % len(turns)]
+    _native.linear(x, packed, outputs, form.bits, form.block, form.has_min, 1.0, threads=threads)
+
+
 def rows(given: Any) -> Iterator[Row]:
     for shape in given.shape or SHAPES:
         inputs, outputs = map(int, shape.split("x"))
@@ -46,25 +53,19 @@ def rows(given: Any) -> Iterator[Row]:
                 x = np.random.default_rng(2).standard_normal((count, inputs)).astype(np.float32)
                 turns = copies if count < MANY_ROWS else copies[:1]
                 for variant in sweep_variants(given.variant):
-
-                    def work(take: int, x: Any = x, turns: Any = turns, form: BlockFormat = form) -> None:
-                        packed = turns[take % len(turns)]
-                        _native.linear(
-                            x, packed, outputs, form.bits, form.block, form.has_min, 1.0, threads=given.threads
-                        )
-
-                    seconds = median_seconds(work, given.seconds)
+                    call = partial(run_layer, x, turns, outputs, form, given.threads)
+                    seconds = median_seconds(call, given.seconds)
                     moved = copies[0].size + 4 * count * (inputs + outputs)
                     case = {"KxN": shape, "bits": bits, "M": count, "simd": variant}
                     yield Row(case, seconds, 2.0 * count * inputs * outputs, moved)
 
 
 def main() -> None:
-    parser, parse = parse_options("Quantized linear layer.")
+    parser = make_parser("Quantized linear layer.")
     parser.add_argument("--shape", action="append", metavar="KxN", help=f"default: {', '.join(SHAPES)}")
     parser.add_argument("--bits", action="append", choices=list(FORMATS))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 512], metavar="M")
-    given = parse()
+    given = parser.parse_args()
     report("satchel linear", rows(given), given)
 
 

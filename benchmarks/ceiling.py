@@ -3,9 +3,9 @@
 ``measure_ceiling(threads)`` runs this file in a fresh process, because BLAS reads its thread count when it is
 loaded. ``python benchmarks/ceiling.py --threads 2`` prints the two figures alone.
 
-The kernels may pass the arithmetic ceiling: weights and activations in 8 and 16 bits are multiplied in integer
-lanes, of which there are two to four for each float32 lane. And data that stays in the CPU's caches passes the
-copying ceiling.
+The kernels may pass the arithmetic ceiling: weights and activations in 8 and 16 bits are multiplied in
+integer lanes, of which there are two to four for each float32 lane. And data that stays in the CPU's caches
+passes the copying ceiling.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TAKES = 7
 
 @dataclass(frozen=True)
 class Ceiling:
-    """``gflops``: float32 matrix product. ``gigabytes_per_second``: copying, bytes read plus bytes written."""
+    """``gflops``: float32 matrix product. ``gigabytes_per_second``: copying, bytes read and bytes written."""
 
     threads: int
     gflops: float

@@ -29,15 +29,15 @@ class Row:
     moved_bytes: float
 
 
-def parse_options(description: str, *, seconds: float = 0.5) -> tuple[argparse.ArgumentParser, Callable[[], Any]]:
-    """A parser with the common options, and what parses: a benchmark adds its own options in between."""
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the common options; a benchmark adds its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=cores_usable(), help="default: all cores")
     parser.add_argument("--variant", action="append", choices=kernels.variants(),
                         help="instruction sets to measure, repeatable (default: all of this machine)")
-    parser.add_argument("--seconds", type=float, default=seconds, help="time for each row (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each row (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    return parser, parser.parse_args
+    return parser
 
 
 def sweep_variants(given: list[str] | None) -> Iterator[str]:
@@ -72,7 +72,8 @@ def report(title: str, rows: Iterator[Row], given: Any) -> None:
     ceiling = measure_ceiling(given.threads)
     found = []
     if not given.json:
-        print(f"{title}\n{cpu_name()}, {given.threads} threads; ceiling {ceiling.gflops:.0f} GFLOP/s (float32), "
+        print(f"{title}\n{cpu_name()}, {given.threads} threads; "
+              f"ceiling {ceiling.gflops:.0f} GFLOP/s (float32), "
               f"{ceiling.gigabytes_per_second:.1f} GB/s (copying)\n")
     for row in rows:
         found.append(_figures(row, ceiling))

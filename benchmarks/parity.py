@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 import satchel
+from numpy.typing import NDArray
 from satchel.cache import KVCache
 from satchel.runtime import Model
 
@@ -109,7 +108,8 @@ def compare(
     """The figures over all positions but each window's last, which has no next token in the text."""
     expected = np.concatenate([rows[:-1] for rows in reference])
     found = np.concatenate([rows[:-1] for rows in ours])
-    following = np.concatenate([window[len(window) - len(rows) + 1 :] for window, rows in zip(windows, ours, strict=True)])
+    ends = [window[len(window) - len(rows) + 1 :] for window, rows in zip(windows, ours, strict=True)]
+    following = np.concatenate(ends)
     divergence = kl_divergence(expected, found)
     at = np.arange(len(following))
     change = (log_softmax(expected) - log_softmax(found))[at, following].mean()
@@ -119,7 +119,9 @@ def compare(
     )  # fmt: skip
 
 
-def measure(gguf: Path, text: str, storages: Sequence[str] = STORAGES, *, cache_dir: Path | None = None) -> list[Parity]:
+def measure(
+    gguf: Path, text: str, storages: Sequence[str] = STORAGES, *, cache_dir: Path | None = None
+) -> list[Parity]:
     """The distance of the model in ``gguf`` over windows of ``text``, for each storage of the hot tier."""
     windows: list[list[int]] = []
     ours: dict[str, list[Logits]] = {}

@@ -11,7 +11,6 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -71,13 +70,11 @@ class _Commands(click.Group):
         except BrokenPipeError as error:
             raise _PipeClosedError from error
 
-    def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any
-    ) -> Any:
-        extra.pop("standalone_mode", None)  # every error has its exit code here, whoever calls
+    def main(self, *args: Any, **extra: Any) -> Any:
+        extra["standalone_mode"] = False  # every end has its exit code here, whoever calls
         _survive_odd_characters()
         try:
-            result = super().main(args, prog_name, *rest, standalone_mode=False, **extra)
+            result = super().main(*args, **extra)
         except (_StoppedError, click.Abort, KeyboardInterrupt):
             _leave(STOPPED, "stopped")
         except _PipeClosedError:

@@ -25,15 +25,15 @@ Examples:
 @click.command("ask", epilog=EPILOG, short_help="Ask questions about documents.")
 @click.argument("arguments", nargs=-1, metavar='DOC... "QUESTION"')
 @click.option("-q", "--question", "questions", multiple=True, metavar="TEXT",
-              help="A question, repeatable; all other arguments are documents then. Each is answered by itself, "
-                   "as if it were the only one.")
+              help="A question, repeatable; all other arguments are documents then. Each is answered by "
+                   "itself, as if it were the only one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per question, one a line.")
 @common_options
 def command(
     arguments: tuple[str, ...], questions: tuple[str, ...], as_json: bool, options: CommonOptions
 ) -> None:  # fmt: skip
-    """Answer a QUESTION about documents: text, Markdown, HTML, PDF, EPUB, DOCX, source code, folders of these,
-    and - for standard input.
+    """Answer a QUESTION about documents: text, Markdown, HTML, PDF, EPUB, DOCX, source code, folders of
+    these, and - for standard input.
 
     The answer goes to standard output as it is made. Several documents are read as one text, in the given
     order.
@@ -100,7 +100,7 @@ def _split(arguments: tuple[str, ...], questions: tuple[str, ...]) -> tuple[list
 
 def _exists(name: str) -> bool:
     try:
-        return Path(name).expanduser().exists()
+        return bool(name) and Path(name).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # longer than a path may be, or an unknown ~user
         return False
 

@@ -12,7 +12,8 @@ import click
 from ..devices.sizes import format_size
 from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
-from ..runtime.bench import DECODE_TOKENS, DEFAULT_RUNS, RATIOS, Figures, Report, prepare
+from ..runtime.bench import DECODE_TOKENS, DEFAULT_RUNS, RATIOS, Figures, Report, named_file, prepare
+from ..runtime.model import Options
 from .progress import progress_bar
 
 EPILOG = """\b
@@ -30,10 +31,29 @@ ROWS = {
 }
 
 
+def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE, such as hot_tokens=2048", ctx, parameter)
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def _peer(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        if value is not None:
+            named_file(value)
+    except OptionError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
+    return value
+
+
 @click.command("bench", epilog=EPILOG, short_help="Measure speed and memory, also beside llama.cpp.")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--context", type=click.IntRange(min=1), required=True, metavar="N", help="Tokens to read.")
-@click.option("--against", metavar="llama.cpp[:PATH]",
+@click.option("--against", metavar="llama.cpp[:PATH]", callback=_peer,
               help="Measure llama.cpp, too, on the same .gguf file or on the one at PATH.")
 @click.option("--runs", type=click.IntRange(min=1), default=DEFAULT_RUNS, show_default=True, metavar="R",
               help="Measurements of each side; the medians count.")
@@ -41,17 +61,17 @@ ROWS = {
               help="Read this document, repeated or cut to N tokens (else made-up prose).")
 @click.option("--policy", default="auto", show_default=True, metavar="NAME",
               help="full keeps every token, auto what fits, a scorer's name prunes by it.")
-@click.option("--kv", multiple=True, metavar="KEY=VALUE",
-              help="A setting of our cache, such as hot_tokens=2048.")
+@click.option("--kv", multiple=True, metavar="KEY=VALUE", callback=_pairs,
+              help="A setting of our cache, repeatable, such as hot_tokens=2048.")
 @click.option("--memory", metavar="SIZE",
               help="Limit of our process, such as 1.2GB (else what the machine has).")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of both sides (else all cores).")
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of both sides (else all cores).")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where models lie (else $SATCHEL_CACHE_DIR, else the platform's cache folder).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str, context: int, against: str | None, runs: int, text: Path | None, policy: str,
-    kv: tuple[str, ...], memory: str | None, threads: int | None, cache_dir: Path | None, as_json: bool,
+    kv: dict[str, str], memory: str | None, threads: int | None, cache_dir: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Read N tokens with MODEL, decode some more, and print rates, time to the first token and memory.
 
@@ -59,10 +79,14 @@ def command(
     its own, and the sides take turns. Both read the same token ids with the same number of threads.
     Absolute figures drift with the machine; ratios of one run hold.
     """
+    try:
+        Options.check(memory, policy, kv, threads, "cpu")
+    except OptionError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from error
     with progress_bar("bytes") as progress:
         contest = prepare(
             model, context, against=against, runs=runs, text=text, memory=memory, policy=policy,
-            kv=_pairs(kv), threads=threads, cache_dir=cache_dir, progress=progress, notice=progress.notice,
+            kv=kv, threads=threads, cache_dir=cache_dir, progress=progress, notice=progress.notice,
         )  # fmt: skip
     with progress_bar("tokens") as progress:
         report = contest.run(progress=progress, notice=progress.notice)
@@ -72,16 +96,6 @@ def command(
         labels = {side.key: side.label for side in contest.sides}
         parts = (_head(model, report), _table(report, labels), _foot(report, labels))
         click.echo("\n\n".join("\n".join(part) for part in parts))
-
-
-def _pairs(given: Sequence[str]) -> dict[str, object]:
-    pairs: dict[str, object] = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise OptionError(f"--kv {item!r} is not KEY=VALUE; write it like --kv hot_tokens=2048")
-        pairs[key] = value
-    return pairs
 
 
 def _head(model: str, report: Report) -> list[str]:

@@ -35,8 +35,8 @@ Examples:
 @click.argument("documents", nargs=-1, metavar="[DOC...]")
 @common_options
 def command(documents: tuple[str, ...], options: CommonOptions) -> None:
-    """Read documents and answer questions about them, each with the ones before it in mind; without a document,
-    just talk to the model.
+    """Read documents and answer questions about them, each with the ones before it in mind; without a
+    document, just talk to the model.
 
     Ctrl-C stops an answer; Ctrl-D, /quit, or Ctrl-C at the prompt leave; /help lists more. Questions can also
     be piped in, one a line.
@@ -121,7 +121,7 @@ def _obey(session: Session, line: str) -> bool:
 def _answer(session: Session, question: str) -> None:
     text = AnswerText()
     try:
-        # No limit to the patience: an answer stops at the next operator, and the conversation must stay whole.
+        # Patience without limit: an answer stops at the next operator, and the conversation must stay whole.
         answer = session.answer(question, text.write, patience_seconds=None)
     finally:
         text.end()

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import click
 
+from ..devices.sizes import format_size
 from ..export.exporter import BITS, FLAVOURS, export_model
-from ..export.hub.reporting import format_bytes
+from ..export.hub import fetch
 from .progress import progress_bar
 
 EPILOG = """\b
 Examples:
-  satchel export qwen2.5-coder-0.5b-instruct-q4_k_m.gguf ./qwen-package
+  satchel export qwen2.5-coder-0.5b-instruct ./qwen-package
   satchel export model.gguf ./small-package --bits 4
   satchel ask -m ./qwen-package report.pdf "What was decided?"
 """
 
 
 @click.command("export", epilog=EPILOG, short_help="Turn a model file into a package folder.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--bits",
@@ -37,17 +38,18 @@ Examples:
     show_default=True,
     help="native: for Satchel's own kernels on the CPU.",
 )
-def command(source: Path, out: Path, bits: str, form: str, flavour: str) -> None:  # noqa: ARG001 (one form so far)
-    """Export the model file SOURCE (.gguf) into the package folder OUT and print its path.
+def command(source: str, out: Path, bits: str, form: str, flavour: str) -> None:  # noqa: ARG001 (one form so far)
+    """Export SOURCE (a .gguf file, or a name from 'satchel models') into the package folder OUT and print its path.
 
     A model that is used by name or by its .gguf path is exported by itself, once, into the cache folder: this
     command is for a package in a place of your choice. An older package in OUT is replaced, anything else
     there is left alone.
     """
     with progress_bar("bytes") as progress:
-        package = export_model(source, out, bits=int(bits), flavour=flavour, progress=progress)
+        file = Path(source)
+        if not file.exists() and file.name == source and file.suffix != ".gguf":
+            file = fetch(source, progress=progress, notice=progress.notice)
+        package = export_model(file, out, bits=int(bits), flavour=flavour, progress=progress)
         worst = max((matrix["rms_error"] for matrix in package.manifest.matrices), default=0.0)
-        progress.notice(
-            f"{format_bytes(package.weight_bytes)} of weights; largest error of a matrix: {worst:.2%}"
-        )
+        progress.notice(f"{format_size(package.weight_bytes)} of weights; largest error of a matrix: {worst:.2%}")
     click.echo(out)

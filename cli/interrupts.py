@@ -1,8 +1,8 @@
 """Work that Ctrl-C stops at once.
 
-A signal handler of Python runs in the main thread, between two bytecodes: while that thread is inside a graph
-run, a tokenizer or a PDF reader, Ctrl-C would wait for it. So the work is done in a thread of its own, and the
-main thread only shows what comes and looks every few hundredths of a second whether it shall stop.
+A signal handler of Python runs in the main thread, between two bytecodes: while that thread is inside a
+graph run, a tokenizer or a PDF reader, Ctrl-C would wait for it. So the work is done in a thread of its own,
+and the main thread only shows what comes and looks every few hundredths of a second whether it shall stop.
 """
 
 from __future__ import annotations

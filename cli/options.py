@@ -12,6 +12,7 @@ import click
 
 from ..cache.scorers import scorer_names
 from ..cache.settings import CacheSettings
+from ..devices.sizes import parse_size
 from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
 from ..export.hub.reporting import Notice, Progress
@@ -29,7 +30,7 @@ class CommonOptions:
     """What a person said about the model, its memory and its answers."""
 
     model: str
-    memory: str | None
+    memory: int | None
     policy: str
     kv: Mapping[str, str]
     threads: int | None
@@ -63,6 +64,13 @@ class CommonOptions:
         )
 
 
+def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_size(text)
+    except OptionError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
+
+
 def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     settings = {}
     for text in values:
@@ -75,10 +83,11 @@ def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ..
 
 _MODEL_OPTIONS = (
     click.option("-m", "--model", metavar="NAME|PATH", default=DEFAULT_MODEL, show_default=True,
-                 help="A name that 'satchel models' lists, a .gguf file, or a folder made by 'satchel export'."),
-    click.option("--memory", metavar="SIZE",
-                 help="Limit of the whole process, such as 800MB, 1.2GB or 2GiB.  [default: what is free, less a "
-                      "margin]"),
+                 help="A name that 'satchel models' lists, a .gguf file, or a folder made by "
+                      "'satchel export'."),
+    click.option("--memory", metavar="SIZE", callback=_size,
+                 help="Limit of the whole process, such as 800MB, 1.2GB or 2GiB.  [default: what is free, less "
+                      "a margin]"),
     click.option("--policy", metavar="|".join(_POLICIES), default="auto", show_default=True,
                  help="full keeps every token, auto what fits into the memory; a name keeps what that method "
                       "finds most important."),
@@ -92,8 +101,8 @@ _MODEL_OPTIONS = (
                  help="Keep models in this folder (else $SATCHEL_CACHE_DIR, else the platform's cache "
                       "folder)."),
     click.option("--no-cache", is_flag=True,
-                 help="Neither use nor write snapshots of what was read. This version writes none yet, so this "
-                      "changes nothing."),
+                 help="Neither use nor write snapshots of what was read. This version writes none yet, so "
+                      "this changes nothing."),
 )  # fmt: skip
 
 _ANSWER_OPTIONS = (

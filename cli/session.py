@@ -46,8 +46,8 @@ class Session:
         self._documents = documents
         self._piped_text: str | None = None  # of standard input, which cannot be read twice
         self._bar: ProgressBar | None = None
-        # The conversation just after the documents, never asked; the others are its forks. It is given up when
-        # the memory limit has no room for it beside a long one: pruning makes the fork's pages its own.
+        # The conversation just after the documents, never asked; the others are its forks. It is given up
+        # when the memory limit has no room for it beside a long one: pruning makes the fork's pages its own.
         self._base: Context | None = None
         self._current: Context | None = None
         with self._progress("bytes") as bar:
@@ -73,7 +73,7 @@ class Session:
             self._current.close()
         if self._base is None:
             if not is_first and self._documents:
-                self.notice("memory had no room to keep the document beside the conversation: reading it again")
+                self.notice("memory had no room to keep the document beside the answer: reading it again")
             self._base = self._read()
         self._current = self._base.fork()
 
@@ -100,7 +100,7 @@ class Session:
         """Says on standard error why an answer ends early, and how to get more."""
         if answer.usage.finish_reason == "length":
             self.notice(
-                f"(the answer was cut at {answer.usage.new_tokens:,} tokens; for more, raise --max-new-tokens)"
+                f"(the answer was cut at {answer.usage.new_tokens:,} tokens; --max-new-tokens allows more)"
             )
         elif answer.usage.finish_reason == "context":
             self.notice(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from .architectures import DecoderModel
-from .graph import build_graph
 from .hub.reporting import Progress
 from .package import DATA_FILE, MODEL_FILE
 from .sources import Source
@@ -53,6 +52,8 @@ class NativeFlavour:
             for weight in self.model.weights
             if len(weight.shape) == 1
         }
+        from .graph import build_graph  # brings onnx with it: 15 MB that only an export needs
+
         model = build_graph(self.model.spec, {record.role: record for record in records}, vectors, DATA_FILE)
         (folder / MODEL_FILE).write_bytes(model.SerializeToString())
         return records

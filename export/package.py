@@ -18,6 +18,17 @@ from ..errors import ModelError
 from .spec import ModelSpec
 from .tokenizer import TokenizerSettings
 
+__all__ = [
+    "EXPORTER_VERSION",
+    "FileRecord",
+    "Manifest",
+    "ModelSpec",
+    "Package",
+    "TokenizerSettings",
+    "is_package",
+    "open_package",
+]
+
 FORMAT = "satchel-model-package"
 FORMAT_VERSION = 1
 # changes whenever the same source would give other bytes: packages in the cache are then made anew

@@ -209,10 +209,8 @@ class Context:
         if not self._first_turn:
             return self._pending + tokenizer.encode_segments(template.next_turn(question), start=False)
         if self._fresh:
-            rendered = template.render([{"role": "user", "content": question}])
-            before, found, after = rendered.partition(question)
-            segments = [(before, True), (found, False), (after, True)]
-            return tokenizer.encode_segments([s for s in segments if s[0]], start=True)
+            segments = [*template.prefix(None, None), *template.rest(question, document=False)]
+            return tokenizer.encode_segments(segments)
         return tokenizer.encode_segments(template.rest(question, system=self._has_system), start=False)
 
     def _generate(self, ids: list[int], sampler: Sampler, limit: int, asked: int) -> Iterator[str]:

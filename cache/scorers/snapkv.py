@@ -38,4 +38,5 @@ class SnapKV(Scorer):
 def pool(values: Floats) -> Floats:
     """Mean over a window of ``POOL`` tokens, shorter at the ends."""
     kernel = np.ones(POOL, dtype=np.float32)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    middle = slice(POOL // 2, POOL // 2 + values.size)  # numpy's "same" would be the longer of the two
+    return np.convolve(values, kernel)[middle] / np.convolve(np.ones_like(values), kernel)[middle]

@@ -12,6 +12,7 @@ extern const Variant variant_baseline;
 #if defined(__x86_64__)
 extern const Variant variant_avx2;
 extern const Variant variant_avx512;
+extern const Variant variant_avx512vnni;
 #endif
 
 std::vector<const Variant*> variants() {
@@ -19,8 +20,10 @@ std::vector<const Variant*> variants() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&variant_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
     found.push_back(&variant_avx512);
+    if (__builtin_cpu_supports("avx512vnni")) found.push_back(&variant_avx512vnni);
+  }
 #endif
   return found;
 }

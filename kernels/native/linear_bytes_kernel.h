@@ -1,14 +1,13 @@
-// Linear layers whose weights have at most 5 bits, on CPUs with 8-bit products (AVX2 and up): included by variant.cc only.
+// Linear layers on 8-bit products (AVX2 and up), for many rows at once: included by linear_kernel.h only.
 //
-// Weights stay unsigned (0 .. 31), activations are signed bytes with one scale a block. A product pair is then at most
-// 2 * 31 * 127, so several fit into 16 bits before they must be widened: 1.4 times the products per instruction of the
-// 16-bit path. The weights' zero point is taken out through the sum of the activations' codes.
+// Activations are unsigned bytes (code + 128) with one scale a block, weights signed bytes, in groups of 4 inputs x 8
+// outputs as VPMADDUBSW and VPDPBUSD want them; the 128 is taken out through the sum of each block's weights, which is
+// known when the panel is unpacked. With VPMADDUBSW the pair sums are added up in 16 bits as far as they surely fit.
 #pragma once
 
 #if defined(__AVX2__)
 
 #include <algorithm>
-#include <utility>
 
 #include "simd.h"
 #include "variant.h"
@@ -16,148 +15,170 @@
 namespace satchel {
 namespace {
 
-constexpr int kByteRows = 4;  // 8 accumulators, 4 weight registers, 2 masks: 14 of 16 registers
+// 8-bit products pay where the 16-bit sums last for several products: not for 8-bit weights without VNNI.
+inline bool fits_bytes(const PackedMatrix& w) {
+#if defined(__AVX512VNNI__)
+  return w.block == 32;
+#else
+  return w.bits <= 5 && w.block == 32;
+#endif
+}
+constexpr int64_t kFewRows = 4;  // up to here unpacking into bytes is not worth it: 16-bit products of the same codes
 
-inline bool fits_bytes(const PackedMatrix& w) { return w.bits <= 5 && w.block == 32; }
+constexpr int kPassBlocks = 16;  // 2 panels x 512 inputs: 16 KB of weights stay in the L1 while all rows pass by
 
-typedef float Float8 __attribute__((vector_size(32)));
+// Two panels of weights, ready for use.
+struct BytePanels {
+  alignas(64) int8_t weights[kPassBlocks][8][4][32];  // [block][4 inputs][8 outputs][output, input]
+  alignas(64) float scales[kPassBlocks][32];
+  alignas(64) float minima[kPassBlocks][32];
+  alignas(64) int32_t corrections[kPassBlocks][32];  // -128 times the sum of the block's weights
+};
 
-// Codes of a row: each pair of bytes twice, so that a plain 32-bit broadcast puts it beside 16 outputs.
-// sums: with minima, of the values; without, zero point times the sum of the codes.
-inline void quantize_row_bytes(const PackedMatrix& w, const float* x, int16_t* codes, float* scales, float* sums) {
-  const float zero = float(1 << (w.bits - 1));
-  for (int64_t b = 0; b < w.blocks(); ++b) {
-    const float* in = x + b * 32;
-    Float8 v[4], peak{}, total{};
+inline void quantize_row_to_bytes(const float* x, int64_t blocks, float multiplier, uint8_t* codes, float* scales,
+                                  float* sums) {
+  for (int64_t b = 0; b < blocks; ++b, x += 32, codes += 32) {
+    __m256 v[4], peak = _mm256_setzero_ps(), total = _mm256_setzero_ps();
     for (int i = 0; i < 4; ++i) {
-      std::memcpy(&v[i], in + i * 8, 32);
-      const Float8 size = v[i] > -v[i] ? v[i] : -v[i];
-      peak = size > peak ? size : peak;
-      total += v[i];
+      v[i] = _mm256_loadu_ps(x + i * 8);
+      peak = _mm256_max_ps(peak, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v[i]));
+      total = _mm256_add_ps(total, v[i]);
     }
-    float amax = 0, value_sum = 0;
+    alignas(32) float peaks[8], totals[8];
+    _mm256_store_ps(peaks, peak);
+    _mm256_store_ps(totals, total);
+    float amax = 0, sum = 0;
     for (int i = 0; i < 8; ++i) {
-      amax = std::max(amax, peak[i]);
-      value_sum += total[i];
+      amax = std::max(amax, peaks[i]);
+      sum += totals[i];
     }
-    const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
-    int8_t bytes[32];
-    int code_sum = 0;
-    for (int i = 0; i < 4; ++i) {
-      const Float8 rounded = (v[i] * inverse + 12582912.0f) - 12582912.0f;
-      for (int j = 0; j < 8; ++j) {
-        bytes[i * 8 + j] = int8_t(rounded[j]);
-        code_sum += int(rounded[j]);
-      }
-    }
-    for (int pair = 0; pair < 16; ++pair) {
-      std::memcpy(codes + b * 32 + pair * 2, bytes + pair * 2, 2);
-      std::memcpy(codes + b * 32 + pair * 2 + 1, bytes + pair * 2, 2);
-    }
-    scales[b] = amax / 127.0f * w.multiplier;
-    sums[b] = w.has_min ? value_sum * w.multiplier : zero * float(code_sum);
+    const __m256 inverse = _mm256_set1_ps(amax > 0 ? 127.0f / amax : 0.0f);
+    __m256i n[4];
+    for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // the packs work in 128-bit halves
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes),
+                        _mm256_xor_si256(_mm256_permutevar8x32_epi32(bytes, order), _mm256_set1_epi8(-128)));
+    scales[b] = amax / 127.0f * multiplier;
+    sums[b] = sum * multiplier;
   }
 }
 
-// The halves of a record's header, those of even outputs first.
-inline void load_split_halves(const uint8_t* halves, Float8& even, Float8& odd) {
-  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
-                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-  __m256i all = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)), order);
-  all = _mm256_permute4x64_epi64(all, 0xd8);
-  even = (Float8)_mm256_cvtph_ps(_mm256_castsi256_si128(all));
-  odd = (Float8)_mm256_cvtph_ps(_mm256_extracti128_si256(all, 1));
-}
-
-// R rows x 16 outputs; out[r] holds the even outputs, then the odd ones.
-template <int R, int kBits, bool kHasMin>
-void byte_tile(const uint8_t* codes, const uint8_t* headers, size_t header_stride, int blocks, const int16_t* x,
-               int64_t x_stride, const float* scales, const float* sums, int64_t scale_stride, Float8 (*out)[2]) {
-  constexpr int kGroup = kBits == 4 ? 8 : 4;  // pairs whose sum surely fits 16 bits
-  const __m256i evens = _mm256_set1_epi32(1), odds = _mm256_set1_epi32(1 << 16);
+inline void unpack_panel(const PackedMatrix& w, const uint8_t* records, int blocks, int half, BytePanels& out) {
+  const size_t record = w.record_bytes(), header = w.header_bytes();
+  alignas(64) int8_t buffer[512];
   for (int b = 0; b < blocks; ++b) {
-    __m256i even[R], odd[R];
-    for (int r = 0; r < R; ++r)
-      even[r] = odd[r] = kHasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(-int(sums[r * scale_stride + b]));
-#pragma GCC unroll 4
-    for (int g = 0; g < 16; g += kGroup) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        __m256i products = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int p = g; p < g + kGroup; ++p) {
-          int32_t pair;
-          std::memcpy(&pair, x + r * x_stride + b * 32 + p * 2, sizeof pair);
-          const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + b * 512 + p * 32));
-          const __m256i product = _mm256_maddubs_epi16(weights, _mm256_set1_epi32(pair));
-          products = p == g ? product : _mm256_add_epi16(products, product);
-        }
-        even[r] = _mm256_add_epi32(even[r], _mm256_madd_epi16(products, evens));
-        odd[r] = _mm256_add_epi32(odd[r], _mm256_madd_epi16(products, odds));
+    const uint8_t* at = records + b * record;
+    const int8_t* codes = reinterpret_cast<const int8_t*>(at + header);
+    if (w.bits < 8) {
+      unpack_signed(w, at + header, buffer);
+      codes = buffer;
+    }
+    __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int quad = 0; quad < 8; ++quad) {
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + quad * 64));
+      const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + quad * 64 + 32));
+      const __m256i low = _mm256_unpacklo_epi16(a, c), high = _mm256_unpackhi_epi16(a, c);
+      const __m256i quads[2] = {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+      for (int i = 0; i < 2; ++i) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out.weights[b][quad][half * 2 + i]), quads[i]);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), quads[i]);
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(-128)));
       }
     }
-    Float8 scale_even, scale_odd, min_even{}, min_odd{};
-    load_split_halves(headers + b * header_stride, scale_even, scale_odd);
-    if (kHasMin) load_split_halves(headers + b * header_stride + 32, min_even, min_odd);
-    for (int r = 0; r < R; ++r) {
-      const float scale = scales[r * scale_stride + b];
-      out[r][0] += (Float8)_mm256_cvtepi32_ps(even[r]) * (scale_even * scale);
-      out[r][1] += (Float8)_mm256_cvtepi32_ps(odd[r]) * (scale_odd * scale);
-      if (kHasMin) {
-        out[r][0] += min_even * sums[r * scale_stride + b];
-        out[r][1] += min_odd * sums[r * scale_stride + b];
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int column = half * 16 + i * 8;
+      const auto* scales = reinterpret_cast<const uint16_t*>(at) + i * 8;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out.corrections[b] + column), sums[i]);
+      _mm256_store_ps(out.scales[b] + column,
+                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales))));
+      if (w.has_min)
+        _mm256_store_ps(out.minima[b] + column,
+                        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16))));
     }
   }
 }
 
-using ByteTile = decltype(&byte_tile<1, 4, false>);
-template <int kBits, bool kHasMin, int... I>
-ByteTile pick_byte_tile(int rows, std::integer_sequence<int, I...>) {
-  static constexpr ByteTile table[] = {byte_tile<I + 1, kBits, kHasMin>...};
-  return table[rows - 1];
+// One row x 32 outputs over `blocks` blocks. kGroup: how many pair sums of the weights' range fit 16 bits.
+template <int kGroup, bool kHasMin>
+inline void byte_row(const BytePanels& panels, int blocks, const uint8_t* x, const float* scales, const float* sums,
+                     __m256 (&out)[4]) {
+  for (int b = 0; b < blocks; ++b) {
+    __m256i acc[4];
+    for (int i = 0; i < 4; ++i) acc[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panels.corrections[b] + i * 8));
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g += kGroup) {
+      __m256i products[4];
+#pragma GCC unroll 8
+      for (int quad = g; quad < g + kGroup; ++quad) {
+        int32_t four;
+        std::memcpy(&four, x + b * 32 + quad * 4, sizeof four);
+        const __m256i inputs = _mm256_set1_epi32(four);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const __m256i weights = _mm256_load_si256(reinterpret_cast<const __m256i*>(panels.weights[b][quad][i]));
+#if defined(__AVX512VNNI__)
+          acc[i] = _mm256_dpbusd_epi32(acc[i], inputs, weights);
+#else
+          const __m256i product = _mm256_maddubs_epi16(inputs, weights);
+          products[i] = quad == g ? product : _mm256_add_epi16(products[i], product);
+#endif
+        }
+      }
+#if !defined(__AVX512VNNI__)
+      for (int i = 0; i < 4; ++i) acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(products[i], _mm256_set1_epi16(1)));
+#else
+      (void)products;
+#endif
+    }
+    const __m256 scale = _mm256_set1_ps(scales[b]);
+    for (int i = 0; i < 4; ++i)
+      out[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i]), _mm256_mul_ps(_mm256_load_ps(panels.scales[b] + i * 8), scale),
+                               out[i]);
+    if (kHasMin) {
+      const __m256 sum = _mm256_set1_ps(sums[b]);
+      for (int i = 0; i < 4; ++i) out[i] = _mm256_fmadd_ps(_mm256_load_ps(panels.minima[b] + i * 8), sum, out[i]);
+    }
+  }
 }
-inline ByteTile pick_byte_tile(const PackedMatrix& w, int rows) {
-  constexpr auto sequence = std::make_integer_sequence<int, kByteRows>();
-  if (w.bits == 4) return w.has_min ? pick_byte_tile<4, true>(rows, sequence) : pick_byte_tile<4, false>(rows, sequence);
-  return w.has_min ? pick_byte_tile<5, true>(rows, sequence) : pick_byte_tile<5, false>(rows, sequence);
+
+template <int kGroup, bool kHasMin>
+void byte_rows(const PackedMatrix& w, const QuantizedRows& q, const BytePanels& panels, int64_t first_block, int blocks,
+               const float* bias, int64_t column, int width, float* y) {
+  const int64_t all_blocks = w.blocks();
+  const auto* codes = reinterpret_cast<const uint8_t*>(q.codes);
+  for (int64_t r = 0; r < q.rows; ++r) {
+    float* to = y + r * w.outputs + column;
+    const float* base = first_block ? to : bias ? bias + column : nullptr;
+    alignas(32) float line[32];
+    __m256 out[4];
+    if (base && width < 32) std::memcpy(line, base, width * sizeof(float));
+    for (int i = 0; i < 4; ++i)
+      out[i] = !base ? _mm256_setzero_ps() : _mm256_loadu_ps((width < 32 ? line : base) + i * 8);
+    byte_row<kGroup, kHasMin>(panels, blocks, codes + r * w.inputs + first_block * 32,
+                              q.scales + r * all_blocks + first_block, q.sums + r * all_blocks + first_block, out);
+    for (int i = 0; i < 4; ++i) _mm256_storeu_ps((width < 32 ? line : to) + i * 8, out[i]);
+    if (width < 32) std::memcpy(to, line, width * sizeof(float));
+  }
 }
 
 void linear_bytes(const PackedMatrix& w, const QuantizedRows& q, const float* bias, float* y, int64_t first,
                   int64_t last) {
-  constexpr int64_t kStep = 16;  // blocks a pass: 8 KB of codes stay in the L1 beside the rows
-  const size_t record = w.record_bytes(), header = w.header_bytes();
+  // 255 x 16 x 2 = 8160 a pair sum for signed 5 bits: four fit; the other formats likewise.
+  const auto rows = w.bits == 4 ? (w.has_min ? byte_rows<4, true> : byte_rows<4, false>)
+                                : (w.has_min ? byte_rows<2, true> : byte_rows<4, false>);
+  static thread_local BytePanels panels;
   const int64_t blocks = w.blocks();
-  alignas(64) uint8_t unpacked[kStep * 512];
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t column = panel * 16;
-    const int width = int(std::min<int64_t>(16, w.outputs - column));
-    for (int64_t b0 = 0; b0 < blocks; b0 += kStep) {
-      const int count = int(std::min(kStep, blocks - b0));
-      const uint8_t* records = w.data + size_t(panel * blocks + b0) * record;
-      for (int b = 0; b < count; ++b)
-        unpack_unsigned(w, records + b * record + header, reinterpret_cast<int8_t*>(unpacked) + b * 512);
-      for (int64_t r0 = 0; r0 < q.rows; r0 += kByteRows) {
-        const int rows = int(std::min<int64_t>(kByteRows, q.rows - r0));
-        Float8 out[kByteRows][2] = {};
-        pick_byte_tile(w, rows)(unpacked, records, record, count, q.codes + r0 * w.inputs + b0 * 32, w.inputs,
-                                q.scales + r0 * blocks + b0, q.sums + r0 * blocks + b0, blocks, out);
-        for (int r = 0; r < rows; ++r) {
-          float* to = y + (r0 + r) * w.outputs + column;
-          alignas(32) float line[16];
-          const Float8 low = __builtin_shufflevector(out[r][0], out[r][1], 0, 8, 1, 9, 2, 10, 3, 11);
-          const Float8 high = __builtin_shufflevector(out[r][0], out[r][1], 4, 12, 5, 13, 6, 14, 7, 15);
-          std::memcpy(line, &low, 32);
-          std::memcpy(line + 8, &high, 32);
-          const float* base = b0 ? to : bias ? bias + column : nullptr;
-          if (width == 16) {
-            for (int i = 0; i < 16; ++i) line[i] += base ? base[i] : 0.0f;
-            std::memcpy(to, line, 64);
-          } else {
-            for (int i = 0; i < width; ++i) to[i] = line[i] + (base ? base[i] : 0.0f);
-          }
-        }
+  for (int64_t panel = first; panel < last; panel += 2) {
+    // An odd panel at the end is unpacked twice, but only its own columns are written: another task has the next.
+    const int64_t column = panel * 16, width = std::min<int64_t>(last - panel >= 2 ? 32 : 16, w.outputs - column);
+    for (int64_t b0 = 0; b0 < blocks; b0 += kPassBlocks) {
+      const int count = int(std::min<int64_t>(kPassBlocks, blocks - b0));
+      for (int half = 0; half < 2; ++half) {
+        const int64_t from = std::min(panel + half, last - 1);
+        unpack_panel(w, w.data + size_t(from * blocks + b0) * w.record_bytes(), count, half, panels);
       }
+      rows(w, q, panels, b0, count, bias, column, int(width), y);
     }
   }
 }

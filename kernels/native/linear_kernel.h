@@ -1,7 +1,8 @@
 // Linear layers on block-quantized weights: included by variant.cc only.
 //
-// Weights are 4 to 8 bit integers, activations are quantized to 16 bits per block of inputs (so that the activations'
-// rounding is far below the weights'), products are summed exactly in 32 bits and scaled once a block.
+// Weights are 4 to 8 bit integers, activations are quantized per block of inputs: to 16 bits (their rounding is then far
+// below the weights'), or to 8 bits where the CPU multiplies bytes faster (linear_bytes_kernel.h). Products are summed
+// exactly in 32 bits and scaled once a block.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +56,6 @@ inline void unpack_codes(const PackedMatrix& w, const uint8_t* packed, uint8_t z
 inline void unpack_signed(const PackedMatrix& w, const uint8_t* packed, int8_t* out) {
   unpack_codes(w, packed, w.has_min ? 0 : uint8_t(1 << (w.bits - 1)), out);
 }
-inline void unpack_unsigned(const PackedMatrix& w, const uint8_t* packed, int8_t* out) { unpack_codes(w, packed, 0, out); }
 
 }  // namespace
 }  // namespace satchel
@@ -67,10 +67,14 @@ namespace {
 
 void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int64_t first, int64_t last) {
   const int64_t blocks = w.blocks();
+  float levels = 32767.0f;
 #if defined(__AVX2__)
-  if (fits_bytes(w)) {
+  if (fits_bytes(w)) levels = 127.0f;  // the same codes whichever path takes them: chunk sizes give the same result
+  if (fits_bytes(w) && q.rows > kFewRows) {
+    auto* codes = reinterpret_cast<uint8_t*>(q.codes);
     for (int64_t r = first; r < last; ++r)
-      quantize_row_bytes(w, x + r * w.inputs, q.codes + r * w.inputs, q.scales + r * blocks, q.sums + r * blocks);
+      quantize_row_to_bytes(x + r * w.inputs, blocks, w.multiplier, codes + r * w.inputs, q.scales + r * blocks,
+                            q.sums + r * blocks);
     return;
   }
 #endif
@@ -84,7 +88,7 @@ void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int6
         total += v;
       }
       const float amax = largest(peak);
-      const float inverse = amax > 0 ? 32767.0f / amax : 0.0f;
+      const float inverse = amax > 0 ? levels / amax : 0.0f;
       int16_t* out = q.codes + r * w.inputs + b * w.block;
       for (int i = 0; i < w.block; i += kLanes) {
         const Float shifted = load(in + i) * inverse + 12582912.0f;  // rounds to nearest
@@ -93,22 +97,23 @@ void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int6
         const HalfSigned narrow = __builtin_convertvector(n, HalfSigned);
         std::memcpy(out + i, &narrow, sizeof narrow);
       }
-      q.scales[r * blocks + b] = amax / 32767.0f * w.multiplier;
+      q.scales[r * blocks + b] = amax / levels * w.multiplier;
       q.sums[r * blocks + b] = sum(total) * w.multiplier;
     }
   }
 }
 
-// kRowCount rows x 16 outputs over `blocks` blocks, added to y. `codes` [blocks] at a stride, `headers` likewise.
-template <int R>
-void tile(const PackedMatrix& w, const int8_t* codes, size_t code_stride, const uint8_t* headers, size_t header_stride,
+// R rows x 16 outputs over `blocks` blocks, added to y. `codes` [blocks] at a stride, `headers` likewise.
+template <int R, int kBlock, bool kHasMin>
+void tile(const int8_t* codes, size_t code_stride, const uint8_t* headers, size_t header_stride,
           int blocks, const int16_t* x, int64_t x_stride, const float* scales, const float* sums, int64_t scale_stride,
           float (*y)[kTile]) {
   for (int b = 0; b < blocks; ++b) {
     Int acc[R][kVectors] = {};
     const int8_t* c = codes + b * code_stride;
-    const int16_t* xb = x + b * w.block;
-    for (int p = 0; p < w.block / 2; ++p) {
+    const int16_t* xb = x + b * kBlock;
+    #pragma GCC unroll 4
+    for (int p = 0; p < kBlock / 2; ++p) {
       Short weights[kVectors];
       for (int v = 0; v < kVectors; ++v) weights[v] = load_codes(c + p * 32 + v * kLanes * 2);
       for (int r = 0; r < R; ++r) {
@@ -123,7 +128,7 @@ void tile(const PackedMatrix& w, const int8_t* codes, size_t code_stride, const 
         Float out = load(y[r] + v * kLanes) + to_float(acc[r][v]) * (scale * scales[r * scale_stride + b]);
         store(y[r] + v * kLanes, out);
       }
-      if (w.has_min) {
+      if (kHasMin) {
         const Float minimum = load_half(header + 16 + v * kLanes);
         for (int r = 0; r < R; ++r)
           store(y[r] + v * kLanes, load(y[r] + v * kLanes) + minimum * sums[r * scale_stride + b]);
@@ -132,16 +137,21 @@ void tile(const PackedMatrix& w, const int8_t* codes, size_t code_stride, const 
   }
 }
 
-using Tile = decltype(&tile<1>);
-template <int... I>
-constexpr Tile pick_tile(int rows, std::integer_sequence<int, I...>) {
-  constexpr Tile table[] = {tile<I + 1>...};
+using Tile = decltype(&tile<1, 32, false>);
+template <int kBlock, bool kHasMin, int... I>
+Tile pick_tile(int rows, std::integer_sequence<int, I...>) {
+  static constexpr Tile table[] = {tile<I + 1, kBlock, kHasMin>...};
   return table[rows - 1];
+}
+inline Tile pick_tile(const PackedMatrix& w, int rows) {
+  constexpr auto sequence = std::make_integer_sequence<int, kRows>();
+  if (w.block == 32) return w.has_min ? pick_tile<32, true>(rows, sequence) : pick_tile<32, false>(rows, sequence);
+  return w.has_min ? pick_tile<16, true>(rows, sequence) : pick_tile<16, false>(rows, sequence);
 }
 
 void linear(const PackedMatrix& w, const QuantizedRows& q, const float* bias, float* y, int64_t first, int64_t last) {
 #if defined(__AVX2__)
-  if (fits_bytes(w)) return linear_bytes(w, q, bias, y, first, last);
+  if (fits_bytes(w) && q.rows > kFewRows) return linear_bytes(w, q, bias, y, first, last);
 #endif
   const size_t record = w.record_bytes(), header = w.header_bytes();
   const int64_t blocks = w.blocks(), step = std::max<int64_t>(1, kDepth / w.block);
@@ -168,8 +178,8 @@ void linear(const PackedMatrix& w, const QuantizedRows& q, const float* bias, fl
           const float* from = b0 ? y + (r0 + r) * w.outputs + column : bias ? bias + column : nullptr;
           if (from) std::memcpy(out[r], from, width * sizeof(float));
         }
-        pick_tile(rows, std::make_integer_sequence<int, kRows>())(
-            w, codes, stride, records, record, count, q.codes + r0 * w.inputs + b0 * w.block, w.inputs,
+        pick_tile(w, rows)(
+            codes, stride, records, record, count, q.codes + r0 * w.inputs + b0 * w.block, w.inputs,
             q.scales + r0 * blocks + b0, q.sums + r0 * blocks + b0, blocks, out);
         for (int r = 0; r < rows; ++r) std::memcpy(y + (r0 + r) * w.outputs + column, out[r], width * sizeof(float));
       }

@@ -7,6 +7,6 @@
 from __future__ import annotations
 
 from .compare import RATIOS, Figures, Report
-from .run import DECODE_TOKENS, DEFAULT_RUNS, PEER, Contest, prepare
+from .run import DECODE_TOKENS, DEFAULT_RUNS, Contest, named_file, prepare
 
-__all__ = ["DECODE_TOKENS", "DEFAULT_RUNS", "PEER", "RATIOS", "Contest", "Figures", "Report", "prepare"]
+__all__ = ["DECODE_TOKENS", "DEFAULT_RUNS", "RATIOS", "Contest", "Figures", "Report", "named_file", "prepare"]

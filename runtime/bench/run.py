@@ -103,6 +103,14 @@ def prepare(
     return Contest(tuple(sides), made, runs, options.threads, tuple(files))
 
 
+def named_file(against: str) -> str:
+    """The PATH of ``llama.cpp:PATH``, empty in ``llama.cpp``. Raises OptionError for another peer."""
+    peer, _, named = against.partition(":")
+    if peer != PEER:
+        raise OptionError(f"cannot compare with {against!r}; known are {PEER} and {PEER}:PATH/TO/FILE.gguf")
+    return named
+
+
 def _our_side(package: Package, memory: str | None, policy: str, kv: Mapping[str, object] | None) -> Side:
     """The worker gets the package's folder: an export inside of it would count into its peak of memory."""
     folder = str(package.folder.absolute())
@@ -114,9 +122,7 @@ def _peer_file(
     against: str, model: str, cache_dir: Path | None, progress: Progress, notice: Notice
 ) -> Path:
     """The .gguf that the peer shall read. Raises OptionError when the peer is unknown or not installed."""
-    peer, _, named = against.partition(":")
-    if peer != PEER:
-        raise OptionError(f"cannot compare with {against!r}; known are {PEER} and {PEER}:PATH/TO/FILE.gguf")
+    named = named_file(against)
     if importlib.util.find_spec("llama_cpp") is None:
         raise OptionError(
             f"--against {PEER} needs llama-cpp-python, which is not installed; "

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
 from satchel import kernels
 from satchel.kernels import _native as native
 from satchel.kernels import reference

@@ -1,0 +1,66 @@
+"""What a person may set about the KV cache, and what they are told when it cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from satchel.cache import CacheSettings
+from satchel.cache.scorers import scorer_names
+from satchel.errors import OptionError
+
+
+def test_defaults() -> None:
+    for nothing in (None, {}):
+        assert CacheSettings.parse(nothing) == CacheSettings()
+    assert CacheSettings().scorer in scorer_names()
+    assert CacheSettings().least_hot_tokens == CacheSettings().sinks + CacheSettings().window
+
+
+def test_every_key_can_be_set_as_number_or_text() -> None:
+    values = {"hot_tokens": 700, "chunk": 128, "sinks": 4, "window": 100, "scorer": "keydiff", "storage": "fp32"}
+    assert sorted(values) == sorted(field.name for field in fields(CacheSettings))
+    expected = CacheSettings(**values)  # type: ignore[arg-type]
+    assert CacheSettings.parse(values) == expected
+    assert CacheSettings.parse({key: str(value) for key, value in values.items()}) == expected
+
+
+@pytest.mark.parametrize("scorer", scorer_names())
+def test_every_scorer_can_be_chosen(scorer: str) -> None:
+    assert CacheSettings.parse({"scorer": scorer}).scorer == scorer
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hot_token": 1}, "'hot_token' is not known; known are chunk, hot_tokens, scorer, sinks, storage, window"),
+        ({"Window": 1}, "'Window' is not known"),
+        ({"": 1}, "'' is not known"),
+        ({"scorer": "h2o"}, f"scorer='h2o' is not known; choose one of {', '.join(scorer_names())}"),
+        ({"storage": "fp16"}, "storage='fp16' is not supported; choose one of bf16, fp32"),
+        ({"storage": ""}, "storage='' is not supported"),
+        ({"hot_tokens": 319}, "hot_tokens=319 cannot hold sinks . window = 320 tokens; raise hot_tokens or lower"),
+        ({"hot_tokens": 100, "sinks": 1, "window": 100}, "window = 101"),
+        ({"hot_tokens": 0}, "hot_tokens=0 is not a number of tokens; give a whole number, 1 or more"),
+        ({"chunk": 0}, "chunk=0 is not a number of tokens"),
+        ({"window": 0}, "window=0 is not a number of tokens"),
+        ({"sinks": -1}, "sinks=-1 is not a number of tokens; give a whole number, 0 or more"),
+        ({"chunk": "many"}, "chunk='many' is not"),
+        ({"chunk": ""}, "chunk='' is not"),
+        ({"chunk": 1.5}, "chunk=1.5 is not"),
+        ({"chunk": True}, "chunk=True is not"),
+        ({"chunk": None}, "chunk=None is not"),
+        ({"chunk": float("nan")}, "chunk=nan is not"),
+        ({"chunk": 1 << 31}, "chunk=2147483648 is not"),
+        ({"chunk": "9" * 5000}, "is not a number of tokens"),
+        ({"chunk": [1]}, "is not a number of tokens"),
+    ],
+)
+def test_refusals(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        CacheSettings.parse(values)
+
+
+def test_the_least_budget_is_allowed() -> None:
+    assert CacheSettings.parse({"hot_tokens": 5, "sinks": 0, "window": 5}).least_hot_tokens == 5
