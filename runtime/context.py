@@ -174,12 +174,16 @@ class Context:
         total, row = len(ids), None
         progress("reading", 0, total)
         for first in range(0, total, self.plan.chunk):
-            row = self._run(ids[first : first + self.plan.chunk])
+            row = self.append(ids[first : first + self.plan.chunk])
             progress("reading", min(first + self.plan.chunk, total), total)
         self._cache.demote()  # forks then have room for a question and its answer without touching what is shared
         return row
 
-    def _run(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def append(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Runs ``ids`` after what was read so far, pruning first where there is no room; the logits after the last.
+
+        Raises Cancelled, or MemoryLimitError with policy ``full``.
+        """
         if self._cancel.is_set():
             raise Cancelled("reading was cancelled")
         self._make_room(len(ids))
@@ -239,7 +243,7 @@ class Context:
                 if produced >= limit:
                     reason = "length" if limit == asked else "context"
                     break
-                row = self._run(self._pending)
+                row = self.append(self._pending)
                 self._pending = []
         except Cancelled:
             pass
@@ -269,7 +273,7 @@ class Context:
         """Reads a question; when that is cancelled half-way, the conversation is as before it."""
         row: NDArray[np.float32] | None = None
         for first in range(0, len(ids), self.plan.chunk):
-            row = self._run(ids[first : first + self.plan.chunk])
+            row = self.append(ids[first : first + self.plan.chunk])
         assert row is not None, "a turn has at least the template's tokens"
         return row
 

@@ -145,7 +145,7 @@ class Model:
                 f"the document has {len(ids):,} tokens, the model {self.name} reads at most {limit:,}; "
                 "give fewer pages, or a model with a longer context (see 'satchel models')"
             )
-        context = self._open_context(len(ids), has_document=bool(text), has_system=system is not None)
+        context = self.open_context(len(ids), has_document=bool(text), has_system=system is not None)
         try:
             context.prefill(ids, progress or no_progress)
         except BaseException:
@@ -209,7 +209,8 @@ class Model:
     def _spelling(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.decode([token], special=True)
 
-    def _open_context(self, tokens: int, *, has_document: bool, has_system: bool) -> Context:
+    def open_context(self, tokens: int, *, has_document: bool = True, has_system: bool = False) -> Context:
+        """An empty conversation with a plan for ``tokens`` tokens and an answer."""
         plan = self._plan(min(tokens + ANSWER_ROOM, self.context_length))
         settings = self.options.settings
         if plan.hot_tokens is not None:

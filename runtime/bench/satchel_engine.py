@@ -22,7 +22,7 @@ class SatchelEngine:
         options = job["options"]
         given = {key: options[key] for key in OPTIONS}
         self._model = load(options["model"], threads=job["threads"], notice=notice, **given)
-        self._context = self._model._open_context(len(job["ids"]), has_document=True, has_system=False)
+        self._context = self._model.open_context(len(job["ids"]))
 
     def prefill(
         self, ids: Sequence[int], progress: Callable[[str, int, int], object]
@@ -32,7 +32,7 @@ class SatchelEngine:
         return row
 
     def step(self, token: int) -> NDArray[np.float32]:
-        return self._context._run([token])
+        return self._context.append([token])
 
     def kv_bytes(self) -> int:
         return sum(size for name, size in self._context.kv.items() if name.endswith("_bytes"))
