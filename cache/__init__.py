@@ -5,7 +5,7 @@ Hot tier only so far: pages of floats in RAM, pruned by a scorer between chunks.
 
 from __future__ import annotations
 
-from .kv_cache import CacheShape, KVCache, KVUsage
+from .kv_cache import CacheFullError, CacheShape, KVCache, KVUsage
 from .settings import CacheSettings
 
-__all__ = ["CacheSettings", "CacheShape", "KVCache", "KVUsage"]
+__all__ = ["CacheFullError", "CacheSettings", "CacheShape", "KVCache", "KVUsage"]

@@ -12,6 +12,10 @@ from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
 
 
+class CacheFullError(Exception):
+    """The pages' byte limit is reached. For the runtime, which knows what to advise."""
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """What a model's cache looks like: L layers, H query heads, KV key-value heads of size D."""
@@ -49,7 +53,7 @@ class KVUsage:
 class KVCache:
     """An owned cache: closing it frees its memory at once; a fork shares pages until one of the two writes.
 
-    ``hot_tokens`` None keeps everything (policy ``full``); else `demote` leaves that many per KV head: the sinks, the
+    ``hot_tokens`` None keeps everything, until one is set; with it `demote` leaves that many per KV head: the sinks, the
     window and the best-scored others.
     """
 
@@ -74,7 +78,7 @@ class KVCache:
             head_size=shape.head_size,
             storage=settings.storage,
             threads=threads,
-            observed_queries=0 if hot_tokens is None else self._scorer.observed_queries,
+            observed_queries=self._scorer.observed_queries,  # kept even with no budget: one may come later
             limit_bytes=limit_bytes,
         )
 
@@ -107,6 +111,11 @@ class KVCache:
         """Forgets what a graph run that failed or was cancelled has appended."""
         self._native.rollback()
 
+    def forget_from(self, position: int) -> None:
+        """Forgets all tokens at ``position`` and later, as if they had never been read."""
+        self._native.forget_from(position)
+        self.total_tokens = min(self.total_tokens, position)
+
     def held_tokens(self) -> int:
         """Tokens per KV head that are in the hot tier now (of the head that holds most)."""
         heads = range(self._shape.kv_heads)
@@ -117,13 +126,20 @@ class KVCache:
         return KVUsage(self._native.bytes, self.held_tokens(), self.total_tokens)
 
     def demote(self, hot_tokens: int | None = None) -> None:
-        """Prunes every layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one)."""
+        """Prunes every layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one).
+
+        Raises:
+            CacheFullError: pages are shared with a fork and there is no room for copies; every layer is consistent.
+        """
         budget = self.hot_tokens if hot_tokens is None else hot_tokens
         if budget is None:
             return
         for layer in range(self._shape.layers):
             if self._native.tokens(layer, 0) > budget:
-                self._demote_layer(layer, budget)
+                try:
+                    self._demote_layer(layer, budget)
+                except RuntimeError as error:  # the pool's limit, which the message names
+                    raise CacheFullError(str(error)) from None
 
     def _demote_layer(self, layer: int, budget: int) -> None:
         view = self._view(layer)

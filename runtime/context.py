@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import KVCache
+from ..cache import CacheFullError, KVCache
 from ..devices.machine import peak_rss_bytes
 from ..devices.planner import Plan
 from ..devices.sizes import format_size
@@ -122,7 +122,7 @@ class Context:
     def cancel(self) -> None:
         """Stops reading or answering, from any thread. The conversation goes on after what was said so far."""
         self._cancel.set()
-        self._model.engine.cancel()
+        self._model.cancel_run(self._cache)
 
     def fork(self) -> Context:
         """An independent conversation with the same past; it costs the memory of what differs."""
@@ -184,10 +184,14 @@ class Context:
 
         Raises Cancelled, or MemoryLimitError with policy ``full``.
         """
+        self._require_open()
         if self._cancel.is_set():
             raise Cancelled("reading was cancelled")
-        self._make_room(len(ids))
-        row = self._model.engine.run(ids, self._cache)
+        try:
+            self._make_room(len(ids))
+            row = self._model.engine.run(ids, self._cache)
+        except CacheFullError:
+            raise self._outgrown("close other conversations over this document, or raise the limit") from None
         self._ids.extend(ids)
         return row
 
@@ -197,14 +201,17 @@ class Context:
             return
         if self._cache.hot_tokens is None:
             if self._model.options.policy == "full":
-                raise MemoryLimitError(
-                    f"this conversation has outgrown {format_size(self.plan.limit_bytes)} of memory with policy full; "
-                    "raise the limit or use policy auto",
-                    smallest_bytes=self.plan.limit_bytes + self.plan.kv_limit_bytes // 2,
-                )
+                raise self._outgrown("raise the limit or use policy auto")
             self._cache.hot_tokens = max(capacity - self.plan.chunk, self._model.options.settings.least_hot_tokens)
             self._model.notice(f"the memory limit is reached: {self._cache.hot_tokens:,} tokens stay hot from here on")
         self._cache.demote()
+
+    def _outgrown(self, remedy: str) -> MemoryLimitError:
+        with_policy = " with policy full" if self._model.options.policy == "full" else ""
+        return MemoryLimitError(
+            f"this conversation has outgrown {format_size(self.plan.limit_bytes)} of memory{with_policy}; {remedy}",
+            smallest_bytes=self.plan.limit_bytes + self.plan.kv_limit_bytes // 2,
+        )
 
     # --- Turns ---------------------------------------------------------------------------------------------------
 
@@ -243,7 +250,11 @@ class Context:
                 if produced >= limit:
                     reason = "length" if limit == asked else "context"
                     break
-                row = self.append(self._pending)
+                try:
+                    row = self.append(self._pending)
+                except MemoryLimitError:
+                    reason = "context"
+                    break
                 self._pending = []
         except Cancelled:
             pass
@@ -270,10 +281,16 @@ class Context:
             yield rest
 
     def _read_turn(self, ids: list[int]) -> NDArray[np.float32]:
-        """Reads a question; when that is cancelled half-way, the conversation is as before it."""
-        row: NDArray[np.float32] | None = None
-        for first in range(0, len(ids), self.plan.chunk):
-            row = self.append(ids[first : first + self.plan.chunk])
+        """Reads a question; when that fails or is cancelled half-way, the conversation is as before it."""
+        before, row = self._cache.total_tokens, None
+        try:
+            for first in range(0, len(ids), self.plan.chunk):
+                row = self.append(ids[first : first + self.plan.chunk])
+        except BaseException:
+            if not self._cache.closed:
+                self._cache.forget_from(before)
+                del self._ids[before:]
+            raise
         assert row is not None, "a turn has at least the template's tokens"
         return row
 

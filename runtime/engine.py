@@ -10,10 +10,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .. import kernels
-from ..cache import CacheShape, KVCache
+from ..cache import CacheFullError, CacheShape, KVCache
 from ..errors import ModelError, SatchelError
 from ..export.package import Package
 from ..export.rope import rope_frequencies
+
+
+FULL_MESSAGE = "KV cache needs more than its limit"  # of the operator, which can raise nothing but text
 
 
 class Cancelled(SatchelError):
@@ -36,7 +39,7 @@ class Engine:
             frequencies=rope_frequencies(spec.rope),
         )
         self._lock = threading.Lock()
-        self._running: ort.RunOptions | None = None
+        self._running: tuple[KVCache, ort.RunOptions] | None = None
         try:
             self._session = ort.InferenceSession(
                 str(package.model_file), session_options(threads), providers=["CPUExecutionProvider"]
@@ -49,6 +52,7 @@ class Engine:
 
         Raises:
             Cancelled: `cancel` was called meanwhile. The cache is unchanged, as after every error.
+            CacheFullError: the cache's byte limit is reached.
             ModelError: the graph failed.
         """
         count = len(ids)
@@ -59,13 +63,15 @@ class Engine:
         }
         options = ort.RunOptions()
         with self._lock:
-            self._running = options
+            self._running = cache, options
             try:
                 logits = self._session.run(["logits"], feeds, options)[0]
             except Exception as error:
                 cache.rollback()
                 if options.terminate:
                     raise Cancelled("the run was cancelled") from None
+                if FULL_MESSAGE in str(error):
+                    raise CacheFullError(_line(error)) from None
                 raise ModelError(f"the model failed: {_line(error)}") from error
             except BaseException:
                 cache.rollback()
@@ -76,11 +82,11 @@ class Engine:
         row: NDArray[np.float32] = logits[0]
         return row
 
-    def cancel(self) -> None:
-        """Stops the run that is under way, if there is one, at the next operator."""
+    def cancel(self, cache: KVCache | None = None) -> None:
+        """Stops the run that is under way, if there is one (and it is that of ``cache``), at the next operator."""
         running = self._running
-        if running is not None:
-            running.terminate = True
+        if running is not None and cache in (None, running[0]):
+            running[1].terminate = True
 
 
 def session_options(threads: int) -> ort.SessionOptions:

@@ -161,6 +161,8 @@ class Model:
     def last_logits(self, token_ids: Sequence[int], *, chunk: int = READ_CHUNK) -> NDArray[np.float32]:
         """As `logits`, read ``chunk`` tokens at a time."""
         ids = list(token_ids)
+        if chunk < 1:
+            raise OptionError(f"chunk is {chunk}; read 1 token or more at a time")
         if not ids:
             raise OptionError("no token ids given; logits follow at least one token")
         vocab = self._package.spec.vocab
@@ -197,6 +199,11 @@ class Model:
     def adopt(self, context: Context) -> None:
         """A context was made (by `read` or by a fork)."""
         self._contexts.append(context)
+
+    def cancel_run(self, cache: KVCache) -> None:
+        """Stops what the engine does for ``cache``; nothing to stop is no error, so that signal handlers may call."""
+        if self._engine is not None:
+            self._engine.cancel(cache)
 
     def notice(self, text: str) -> None:
         """Tells the person one line."""

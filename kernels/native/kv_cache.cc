@@ -17,6 +17,7 @@ constexpr int kTileTokens = 16;
 uint16_t to_bf16(float x) {  // to nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 float from_bf16(uint16_t x) {
@@ -112,12 +113,34 @@ void KVCache::truncate(Head& head, int tokens) {
 }
 
 void KVCache::commit() {
-  for (Layer& layer : layers_)
+  for (Layer& layer : layers_) {
     for (Head& head : layer.heads) head.committed = head.tokens;
+    layer.observing = false;
+  }
 }
 void KVCache::rollback() {
-  for (Layer& layer : layers_)
+  for (Layer& layer : layers_) {
     for (Head& head : layer.heads) truncate(head, head.committed);
+    if (!layer.observing) continue;
+    layer.observed.swap(layer.committed_observed);
+    layer.observed_positions.swap(layer.committed_positions);
+    layer.observing = false;
+  }
+}
+void KVCache::forget_from(int position) {
+  const size_t row = size_t(shape_.heads) * shape_.head_size;
+  for (Layer& layer : layers_) {
+    for (Head& head : layer.heads) {
+      int kept = head.tokens;
+      while (kept > 0 && head.pages[(kept - 1) / kPageTokens]->positions()[(kept - 1) % kPageTokens] >= position) --kept;
+      truncate(head, kept);
+      head.committed = kept;
+    }
+    auto& seen = layer.observed_positions;
+    seen.erase(std::lower_bound(seen.begin(), seen.end(), position), seen.end());
+    layer.observed.resize(seen.size() * row);
+    layer.observing = false;
+  }
 }
 void KVCache::clear() {
   for (Layer& layer : layers_) {
@@ -154,6 +177,11 @@ void KVCache::prepare_rope(const AttentionSettings& s, const int64_t* positions,
 
 void KVCache::observe(Layer& layer, const float* queries, int tokens) {
   if (shape_.observed_queries <= 0) return;
+  if (!layer.observing) {
+    layer.committed_observed = layer.observed;
+    layer.committed_positions = layer.observed_positions;
+    layer.observing = true;
+  }
   // A window over the stream of queries: a short chunk (a turn's last words) pushes out only as many as it brings.
   const size_t row = size_t(shape_.heads) * shape_.head_size;
   const int fresh = std::min(tokens, shape_.observed_queries);
@@ -172,8 +200,11 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
   if (s.rope_dims < 0 || s.rope_dims % 2 || s.rope_dims > shape_.head_size)
     throw std::invalid_argument("rope_dims must be even and at most head_size");
   if (tokens == 0) return;
-  prepare_rope(s, positions, tokens, frequencies);
   Layer& layer = layers_[s.layer];
+  for (const Head& head : layer.heads)  // pages are skipped by their first and last position
+    if (head.tokens && head.pages[(head.tokens - 1) / kPageTokens]->positions()[(head.tokens - 1) % kPageTokens] > positions[0])
+      throw std::invalid_argument("positions must ascend: the cache holds later ones already");
+  prepare_rope(s, positions, tokens, frequencies);
   const int D = shape_.head_size, KV = shape_.kv_heads, G = shape_.heads / KV, half = s.rope_dims / 2;
   observe(layer, queries, tokens);
   work_.queries.resize(size_t(tokens) * shape_.heads * D);
@@ -290,10 +321,13 @@ void KVCache::retain(int layer, int kv_head, const int32_t* kept, int count) {
   for (int i = 0; i < count; ++i)
     if (kept[i] < 0 || kept[i] >= head.tokens || (i && kept[i] <= kept[i - 1]))
       throw std::invalid_argument("retain: indices must ascend and lie inside the head");
-  for (int to = 0; to < count; ++to) {
+  int first = 0;  // what stays in its place
+  while (first < count && kept[first] == first) ++first;
+  // All copies of shared pages are made before anything moves: without room for them nothing has changed.
+  for (int page = first / kPageTokens; page * kPageTokens < count && first < count; ++page) writable(head, page);
+  for (int to = first; to < count; ++to) {
     const int from = kept[to];
-    if (from == to) continue;
-    Page& target = writable(head, to / kPageTokens);
+    Page& target = *head.pages[to / kPageTokens];
     const Page& source = *head.pages[from / kPageTokens];
     if (shape_.storage == Storage::kFloat32)
       copy_token<float>(source, from % kPageTokens, target, to % kPageTokens, shape_.head_size);

@@ -41,6 +41,7 @@ class KVCache {
 
   void commit();    // what the last graph run appended is part of the conversation
   void rollback();  // it is not: forget it (a run that was cancelled or failed half-way)
+  void forget_from(int position);  // and neither is anything at this position or later
   void clear();
 
   // Keeps the tokens kept[kv_head][0..count) (ascending indices) of a layer and forgets the others.
@@ -68,6 +69,9 @@ class KVCache {
     float attention_factor = 1;
     std::vector<float> observed;
     std::vector<int32_t> observed_positions;
+    std::vector<float> committed_observed;  // what they were before this run, while there is one
+    std::vector<int32_t> committed_positions;
+    bool observing = false;  // a run that is neither committed nor rolled back has added to them
   };
 
   KVCache(const KVCache&) = default;

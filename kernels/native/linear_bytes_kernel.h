@@ -8,6 +8,7 @@
 #if defined(__AVX2__)
 
 #include <algorithm>
+#include <cmath>
 
 #include "simd.h"
 #include "variant.h"
@@ -59,7 +60,7 @@ inline void quantize_row_to_bytes(const float* x, int64_t blocks, float multipli
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // the packs work in 128-bit halves
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes),
                         _mm256_xor_si256(_mm256_permutevar8x32_epi32(bytes, order), _mm256_set1_epi8(-128)));
-    scales[b] = amax / 127.0f * multiplier;
+    scales[b] = (std::isfinite(sum) ? amax : std::nanf("")) / 127.0f * multiplier;
     sums[b] = sum * multiplier;
   }
 }

@@ -97,7 +97,8 @@ void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int6
         const HalfSigned narrow = __builtin_convertvector(n, HalfSigned);
         std::memcpy(out + i, &narrow, sizeof narrow);
       }
-      q.scales[r * blocks + b] = amax / levels * w.multiplier;
+      // A sum that is no number must not be lost in a comparison: the scale carries it into every output.
+      q.scales[r * blocks + b] = (std::isfinite(sum(total)) ? amax : std::nanf("")) / levels * w.multiplier;
       q.sums[r * blocks + b] = sum(total) * w.multiplier;
     }
   }

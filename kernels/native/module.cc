@@ -56,10 +56,11 @@ class CacheHandle {
   }
   bool closed() const { return !cache_; }
   int64_t id() const { return id_; }
-  KVCache& get() const {
+  const std::shared_ptr<KVCache>& shared() const {
     if (!cache_) throw std::invalid_argument("this KV cache is closed");
-    return *cache_;
+    return cache_;
   }
+  KVCache& get() const { return *shared(); }
 
  private:
   std::shared_ptr<KVCache> cache_;
@@ -75,9 +76,7 @@ Storage parse_storage(const std::string& name) {
 PackedMatrix packed_matrix(const Array<uint8_t>& data, int64_t outputs, int64_t inputs, int bits, int block,
                            bool has_min, float multiplier) {
   PackedMatrix w{data.data(), outputs, inputs, bits, block, has_min, multiplier};
-  expect(bits == 4 || bits == 5 || bits == 6 || (bits == 8 && !has_min), "bits must be 4, 5, 6 or 8");
-  expect(block == 16 || block == 32, "block must be 16 or 32");
-  expect(inputs > 0 && inputs % 32 == 0 && outputs > 0, "inputs must be a multiple of 32");
+  expect(w.known(), "packed format: bits must be 4, 5, 6 or 8, block 16 or 32, inputs must be a multiple of 32");
   expect(size_t(data.size()) == w.bytes(), "packed weights have the wrong size");
   return w;
 }
@@ -158,6 +157,8 @@ PYBIND11_MODULE(_native, m) {
       })
       .def("commit", [](CacheHandle& self) { self.get().commit(); })
       .def("rollback", [](CacheHandle& self) { self.get().rollback(); })
+      .def("forget_from", [](CacheHandle& self, int position) { self.get().forget_from(position); },
+           py::arg("position"), "Forgets every token at this position or later, committed or not.")
       .def("clear", [](CacheHandle& self) { self.get().clear(); })
       .def("tokens", [](const CacheHandle& self, int layer, int kv_head) { return self.get().tokens(layer, kv_head); },
            py::arg("layer"), py::arg("kv_head"))
@@ -166,8 +167,9 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("pool_peak_bytes", [](const CacheHandle& self) { return self.get().pool().peak_bytes(); })
       .def_property_readonly("page_bytes", [](const CacheHandle& self) { return self.get().pool().page_bytes(); })
       .def("retain", [](CacheHandle& self, int layer, int kv_head, const Array<int32_t>& kept) {
+        const std::shared_ptr<KVCache> cache = self.shared();
         py::gil_scoped_release release;
-        self.get().retain(layer, kv_head, kept.data(), int(kept.size()));
+        cache->retain(layer, kv_head, kept.data(), int(kept.size()));
       }, py::arg("layer"), py::arg("kv_head"), py::arg("kept"))
       .def("read", [](const CacheHandle& self, int layer, int kv_head, bool rotated) {
         const KVCache& cache = self.get();
@@ -192,8 +194,8 @@ PYBIND11_MODULE(_native, m) {
       .def("attend", [](CacheHandle& self, int layer, const Array<float>& q, const Array<float>& k,
                         const Array<float>& v, const Array<int64_t>& positions, const Array<float>& frequencies,
                         float scale, float softcap, int window, float attention_factor, int thread_count) {
-        KVCache& cache = self.get();
-        const CacheShape& s = cache.shape();
+        const std::shared_ptr<KVCache> cache = self.shared();  // outlives a close() from another thread
+        const CacheShape& s = cache->shape();
         const auto shaped = [&](const Array<float>& a, int heads) {
           return a.ndim() == 3 && a.shape(0) == positions.size() && a.shape(1) == heads && a.shape(2) == s.head_size;
         };
@@ -203,13 +205,8 @@ PYBIND11_MODULE(_native, m) {
         float* to = out.mutable_data();
         {
           py::gil_scoped_release release;
-          try {
-            cache.attend(settings, q.data(), k.data(), v.data(), positions.data(), int(positions.size()),
-                         frequencies.data(), to, threads(thread_count));
-          } catch (const OutOfPages& full) {
-            throw std::runtime_error("the KV cache needs more than its limit of " + std::to_string(full.limit_bytes) +
-                                     " bytes");
-          }
+          cache->attend(settings, q.data(), k.data(), v.data(), positions.data(), int(positions.size()),
+                        frequencies.data(), to, threads(thread_count));
         }
         return out;
       }, py::arg("layer"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("positions"), py::arg("frequencies"),

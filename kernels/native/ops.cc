@@ -1,4 +1,5 @@
 // The operators of the domain "satchel", as ONNX Runtime sees them.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -35,6 +36,13 @@ Matrix matrix(const ort::KernelContext* context, size_t index) {
   if (rank != 2) throw std::invalid_argument("satchel op: input " + std::to_string(index) + " must be a matrix");
   return {api.data<const float>(value), sizes[0], sizes[1]};
 }
+// An attribute that must lie in [0, limit]: anything else would be cut when it is made an int.
+int small_attribute(const ort::KernelInfo* info, const char* name, int64_t limit = 1 << 30) {
+  const int64_t value = api.attribute_int(info, name);
+  if (value < 0 || value > limit)
+    throw std::invalid_argument("satchel op: attribute " + std::string(name) + " is " + std::to_string(value));
+  return int(value);
+}
 int64_t length(const ort::Value* value) {
   int64_t size = 1;
   api.shape(value, &size, 1);
@@ -45,14 +53,12 @@ PackedMatrix packed_attributes(const ort::KernelInfo* info) {
   PackedMatrix w{};
   w.outputs = api.attribute_int(info, "N");
   w.inputs = api.attribute_int(info, "K");
-  w.bits = int(api.attribute_int(info, "bits"));
-  w.block = int(api.attribute_int(info, "block"));
+  const int64_t bits = api.attribute_int(info, "bits"), block = api.attribute_int(info, "block");
   w.has_min = api.attribute_int(info, "has_min") != 0;
   w.multiplier = api.attribute_float(info, "multiplier");
-  const bool bits_known = w.bits == 4 || w.bits == 5 || w.bits == 6 || w.bits == 8;
-  if (!bits_known || (w.block != 16 && w.block != 32) || w.outputs <= 0 || w.inputs <= 0 || w.inputs % 32 != 0 ||
-      (w.has_min && w.bits == 8))
-    throw std::invalid_argument("satchel op: a packed weight format that this version does not know");
+  w.bits = bits >= 0 && bits <= 8 ? int(bits) : 0;
+  w.block = block == 16 || block == 32 ? int(block) : 0;
+  if (!w.known()) throw std::invalid_argument("satchel op: a packed weight format that this version does not know");
   return w;
 }
 PackedMatrix packed(const PackedMatrix& attributes, const ort::KernelContext* context, size_t index) {
@@ -171,14 +177,14 @@ class CachedAttention {
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64, ort::kInt64, ort::kFloat};
   static constexpr size_t kInputCount = 6, kRequiredInputs = 6;
   explicit CachedAttention(const ort::KernelInfo* info)
-      : heads_(int(api.attribute_int(info, "heads"))),
-        kv_heads_(int(api.attribute_int(info, "kv_heads"))),
-        head_size_(int(api.attribute_int(info, "head_size"))) {
-    settings_.layer = int(api.attribute_int(info, "layer"));
+      : heads_(int(std::clamp<int64_t>(api.attribute_int(info, "heads"), -1, 1 << 20))),
+        kv_heads_(int(std::clamp<int64_t>(api.attribute_int(info, "kv_heads"), -1, 1 << 20))),
+        head_size_(int(std::clamp<int64_t>(api.attribute_int(info, "head_size"), -1, 1 << 20))) {
+    settings_.layer = int(std::clamp<int64_t>(api.attribute_int(info, "layer"), -1, 1 << 20));
     settings_.scale = api.attribute_float(info, "scale");
     settings_.softcap = api.attribute_float(info, "softcap");
-    settings_.window = int(api.attribute_int(info, "window"));
-    settings_.rope_dims = int(api.attribute_int(info, "rope_dims"));
+    settings_.window = small_attribute(info, "window");
+    settings_.rope_dims = int(std::clamp<int64_t>(api.attribute_int(info, "rope_dims"), -1, 1 << 20));
     settings_.rope_attention_factor = api.attribute_float(info, "rope_attention_factor");
   }
 
@@ -197,12 +203,8 @@ class CachedAttention {
       throw std::invalid_argument("satchel.CachedAttention: the inputs' shapes disagree");
     const int64_t sizes[2] = {q.rows, q.columns};
     float* out = api.data<float>(api.output(context, 0, sizes, 2));
-    try {
-      cache->attend(settings_, q.data, k.data, v.data, api.data<const int64_t>(positions), int(q.rows),
-                    api.data<const float>(frequencies), out, pool_of(context));
-    } catch (const OutOfPages& full) {
-      throw std::runtime_error("the KV cache needs more than its limit of " + std::to_string(full.limit_bytes) + " bytes");
-    }
+    cache->attend(settings_, q.data, k.data, v.data, api.data<const int64_t>(positions), int(q.rows),
+                  api.data<const float>(frequencies), out, pool_of(context));
   }
 
  private:

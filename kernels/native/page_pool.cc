@@ -57,7 +57,7 @@ size_t PagePool::peak_bytes() const {
 
 uint8_t* PagePool::take() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (limit_bytes_ && used_ + page_bytes_ > limit_bytes_) throw OutOfPages{limit_bytes_};
+  if (limit_bytes_ && used_ + page_bytes_ > limit_bytes_) throw OutOfPages(limit_bytes_);
   if (free_.empty()) {
     auto* slab = static_cast<uint8_t*>(map_memory(kSlabPages * page_bytes_));
     slabs_.push_back(slab);

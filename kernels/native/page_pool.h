@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "variant.h"
@@ -12,8 +14,10 @@
 namespace satchel {
 
 // Raised when a page is needed that the byte limit has no room for.
-struct OutOfPages {
-  size_t limit_bytes;
+class OutOfPages : public std::runtime_error {
+ public:
+  explicit OutOfPages(size_t limit_bytes)
+      : std::runtime_error("the KV cache needs more than its limit of " + std::to_string(limit_bytes) + " bytes") {}
 };
 
 class PagePool : public std::enable_shared_from_this<PagePool> {

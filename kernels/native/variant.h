@@ -20,6 +20,12 @@ struct PackedMatrix {
   bool has_min;
   float multiplier;
 
+  // Whether the kernels take this format; sizes are bounded so that no count of bytes can wrap around.
+  bool known() const {
+    constexpr int64_t kMost = int64_t(1) << 28;
+    return (bits == 4 || bits == 5 || bits == 6 || (bits == 8 && !has_min)) && (block == 16 || block == 32) &&
+           outputs > 0 && outputs <= kMost && inputs > 0 && inputs <= kMost && inputs % 32 == 0;
+  }
   int64_t panels() const { return (outputs + 15) / 16; }
   int64_t blocks() const { return inputs / block; }
   size_t header_bytes() const { return has_min ? 64 : 32; }

@@ -200,6 +200,24 @@ def test_a_row_does_not_depend_on_its_neighbours(variant: str) -> None:
         np.testing.assert_array_equal(matrix.run(x[row : row + 1])[0], whole[row])
 
 
+@pytest.mark.parametrize("levels", [127, 32767])
+@pytest.mark.parametrize(("bits", "block", "has_min"), [(4, 32, True), (5, 32, False), (8, 32, False), (6, 16, False)])
+def test_activations_between_two_codes_do_not_depend_on_neighbours(
+    variant: str, bits: int, block: int, has_min: bool, levels: int
+) -> None:
+    """Kernels for few and for many rows must round alike: what a chunk's size changes here, 30 layers amplify."""
+    matrix = make(bits, block, has_min, 16, 512)
+    rng = np.random.default_rng(8)
+    x = ((rng.integers(-levels, levels, (64, 512)) + 0.5) / levels).astype(np.float32)
+    x = x.reshape(64, -1, block)
+    x[:, :, 0] = 1.0
+    x = (x * rng.uniform(0.5, 4.0, (64, x.shape[1], 1)).astype(np.float32)).reshape(64, 512)
+    whole = matrix.run(x)
+    for rows in (1, 4, 5):
+        parts = np.concatenate([matrix.run(x[first : first + rows]) for first in range(0, 64, rows)])
+        np.testing.assert_array_equal(parts, whole)
+
+
 def test_no_rows(variant: str) -> None:
     assert make(8, 32, False, 17, 64).run(np.zeros((0, 64), np.float32)).shape == (0, 17)
 
