@@ -66,16 +66,21 @@ def make_plan(
         MemoryLimitError: not even the smallest way fits; the message has the smallest limit that would.
     """
     chunks = (chunk,) if chunk else CHUNKS
-    for size in chunks:
-        found = _with_chunk(costs, limit_bytes, tokens, size, least_hot_tokens, hot_tokens, keep_everything)
-        # A small budget wants small chunks: a chunk should not be more than half of what stays.
-        if found and (found.hot_tokens is None or found.hot_tokens >= 2 * size or size == chunks[-1]):
-            return found
-        if found and hot_tokens is not None:
-            return found
-    smallest = chunks[-1]
-    stays = smallest + (tokens if keep_everything else min(tokens, (hot_tokens or least_hot_tokens) + smallest))
-    needed = sum(size for _, size in _rows(costs, smallest, stays))
+    if hot_tokens is None or tokens <= hot_tokens:
+        for size in chunks:
+            if plan := _whole(costs, limit_bytes, tokens, size):
+                return plan
+    if not keep_everything:
+        # A small budget wants small chunks: one should not be more than half of what stays.
+        plans = [_pruned(costs, limit_bytes, size, least_hot_tokens, hot_tokens) for size in chunks]
+        found = [plan for plan in plans if plan]
+        roomy = [plan for plan in found if (plan.hot_tokens or 0) >= 2 * plan.chunk]
+        if found:
+            return (roomy or found)[0 if roomy or hot_tokens is not None else -1]
+    ways = [tokens] if hot_tokens is None or tokens <= hot_tokens else []
+    if not keep_everything:
+        ways.append((hot_tokens or least_hot_tokens) + chunks[-1])
+    needed = sum(size for _, size in _rows(costs, chunks[-1], min(ways) + chunks[-1]))
     needed = int((needed + MARGIN_BYTES) / (1 - MARGIN_SHARE)) + 1
     if keep_everything:
         remedy = "raise --memory or leave out --policy full"
@@ -90,29 +95,27 @@ def make_plan(
     )
 
 
-def _with_chunk(
-    costs: Costs,
-    limit: int,
-    tokens: int,
-    chunk: int,
-    least_hot: int,
-    hot_tokens: int | None,
-    keep_everything: bool,
-) -> Plan | None:
+def _capacity(costs: Costs, limit: int, chunk: int) -> int:
+    """Tokens per KV head that fit; a fork's turn may take a chunk more, which is left out."""
     fixed = sum(size for _, size in _rows(costs, chunk, 0))
     room = int(limit * (1 - MARGIN_SHARE)) - MARGIN_BYTES - fixed
-    most = max(room, 0) // costs.kv_bytes_per_page * costs.page_tokens - chunk  # a fork's turn takes up to a chunk more
-    if tokens <= most and (hot_tokens is None or tokens <= hot_tokens):
-        hot, capacity = None, min(most, tokens + GROWTH_TOKENS)
-    elif keep_everything:
-        return None
-    else:
-        hot = most - chunk if hot_tokens is None else hot_tokens
-        capacity = hot + chunk
-        if hot < least_hot or capacity > most:
-            return None
+    return max(room, 0) // costs.kv_bytes_per_page * costs.page_tokens - chunk
+
+
+def _whole(costs: Costs, limit: int, tokens: int, chunk: int) -> Plan | None:
+    most = _capacity(costs, limit, chunk)
+    return _plan(costs, limit, chunk, None, min(most, tokens + GROWTH_TOKENS)) if tokens <= most else None
+
+
+def _pruned(costs: Costs, limit: int, chunk: int, least_hot: int, hot_tokens: int | None) -> Plan | None:
+    most = _capacity(costs, limit, chunk)
+    hot = most - chunk if hot_tokens is None else hot_tokens
+    return _plan(costs, limit, chunk, hot, hot + chunk) if least_hot <= hot <= most - chunk else None
+
+
+def _plan(costs: Costs, limit: int, chunk: int, hot_tokens: int | None, capacity: int) -> Plan:
     held = capacity + chunk
-    return Plan(limit, chunk, hot, capacity, costs.kv_bytes(held), tuple(_rows(costs, chunk, held)))
+    return Plan(limit, chunk, hot_tokens, capacity, costs.kv_bytes(held), tuple(_rows(costs, chunk, held)))
 
 
 def _rows(costs: Costs, chunk: int, held_tokens: int) -> list[tuple[str, int]]:

@@ -133,18 +133,15 @@ def linear(
     """``x`` [T, I] times the transpose of a block-quantized weight matrix [N, I], plus ``bias`` [N]: [T, N].
 
     ``codes`` [N, I] are the integers that the scales multiply (a stored zero point is already taken off);
-    ``scales`` and ``mins`` are [N, B]. With ``activation_bits`` (the native kernel: 16) the activations are
-    rounded first, per row and block; only the product with the minima sees them unrounded, since it needs
-    nothing but their sum.
+    ``scales`` and ``mins`` are [N, B]. With ``activation_bits`` (the native kernel: 16 or 8) the activations are
+    rounded first, per row and block. The product with the minima sees the rounded ones too: codes and minimum of a
+    weight then err together, and their errors largely cancel (the codes are far from 0, their weights are not).
     """
-    given = _float64(x)
-    block = np.shape(codes)[-1] // np.shape(scales)[-1]
-    rounded = given
+    rounded = _float64(x)
     if activation_bits is not None:
-        rounded = dequantize(*quantize_activations(given, block, activation_bits))
-    y: Floats = rounded @ dequantize(codes, scales).T
-    if mins is not None:
-        y = y + _blocks(given, block).sum(axis=-1) @ _float64(mins).T
+        block = np.shape(codes)[-1] // np.shape(scales)[-1]
+        rounded = dequantize(*quantize_activations(rounded, block, activation_bits))
+    y: Floats = rounded @ dequantize(codes, scales, mins).T
     return y if bias is None else y + _float64(bias)
 
 

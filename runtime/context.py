@@ -283,6 +283,8 @@ class Context:
     def _read_turn(self, ids: list[int]) -> NDArray[np.float32]:
         """Reads a question; when that fails or is cancelled half-way, the conversation is as before it."""
         before, row = self._cache.total_tokens, None
+        if self._model.options.policy == "full":
+            self._make_room(len(ids))  # refuses before anything is read
         try:
             for first in range(0, len(ids), self.plan.chunk):
                 row = self.append(ids[first : first + self.plan.chunk])

@@ -64,6 +64,7 @@ class Engine:
         options = ort.RunOptions()
         with self._lock:
             self._running = cache, options
+            cache.rollback()  # of a run whose end an interrupt has cut off
             try:
                 logits = self._session.run(["logits"], feeds, options)[0]
             except Exception as error:

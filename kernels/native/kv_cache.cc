@@ -158,12 +158,11 @@ void KVCache::prepare_rope(const AttentionSettings& s, const int64_t* positions,
               std::equal(frequencies, frequencies + half, w.rope_frequencies.begin());
   for (int t = 0; same && t < tokens; ++t) same = w.positions[t] == positions[t];
   if (!same) {
-    w.positions.resize(tokens);
     for (int t = 0; t < tokens; ++t) {
       if (positions[t] < 0 || positions[t] >= INT_MAX) throw std::invalid_argument("a position is out of range");
       if (t && positions[t] < positions[t - 1]) throw std::invalid_argument("positions must ascend");
-      w.positions[t] = int32_t(positions[t]);
     }
+    w.positions.assign(positions, positions + tokens);
     w.rope_frequencies.assign(frequencies, frequencies + half);
     w.rope_factor = s.rope_attention_factor;
     w.rope.resize(size_t(tokens) * 2 * half);

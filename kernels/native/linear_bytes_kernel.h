@@ -26,6 +26,17 @@ inline bool fits_bytes(const PackedMatrix& w) {
 }
 constexpr int64_t kFewRows = 4;  // up to here unpacking into bytes is not worth it: 16-bit products of the same codes
 
+inline float sum_of(__m256 v) {
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, v);
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+inline float largest_of(__m256 v) {
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, v);
+  return *std::max_element(lanes, lanes + 8);
+}
+
 constexpr int kPassBlocks = 16;  // 2 panels x 512 inputs: 16 KB of weights stay in the L1 while all rows pass by
 
 // Two panels of weights, ready for use.
@@ -36,6 +47,7 @@ struct BytePanels {
   alignas(64) int32_t corrections[kPassBlocks][32];  // -128 times the sum of the block's weights
 };
 
+// sums: of the values as quantized, so that weights with a minimum see the very same activations in both their parts.
 inline void quantize_row_to_bytes(const float* x, int64_t blocks, float multiplier, uint8_t* codes, float* scales,
                                   float* sums) {
   for (int64_t b = 0; b < blocks; ++b, x += 32, codes += 32) {
@@ -45,23 +57,29 @@ inline void quantize_row_to_bytes(const float* x, int64_t blocks, float multipli
       peak = _mm256_max_ps(peak, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v[i]));
       total = _mm256_add_ps(total, v[i]);
     }
-    alignas(32) float peaks[8], totals[8];
-    _mm256_store_ps(peaks, peak);
-    _mm256_store_ps(totals, total);
-    float amax = 0, sum = 0;
-    for (int i = 0; i < 8; ++i) {
-      amax = std::max(amax, peaks[i]);
-      sum += totals[i];
-    }
+    const float amax = largest_of(peak);
     const __m256 inverse = _mm256_set1_ps(amax > 0 ? 127.0f / amax : 0.0f);
     __m256i n[4];
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
+    const __m256i added = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
     const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // the packs work in 128-bit halves
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes),
                         _mm256_xor_si256(_mm256_permutevar8x32_epi32(bytes, order), _mm256_set1_epi8(-128)));
-    scales[b] = (std::isfinite(sum) ? amax : std::nanf("")) / 127.0f * multiplier;
-    sums[b] = sum * multiplier;
+    // A sum that is no number must not be lost in a comparison: the scale carries it into every output.
+    const float scale = (std::isfinite(sum_of(total)) ? amax : std::nanf("")) / 127.0f * multiplier;
+    scales[b] = scale;
+    sums[b] = sum_of(_mm256_cvtepi32_ps(added)) * scale;
+  }
+}
+
+// The same codes for the 16-bit products of a few rows.
+inline void quantize_row_to_words(const float* x, int64_t blocks, float multiplier, int16_t* codes, float* scales,
+                                  float* sums) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    uint8_t bytes[32];
+    quantize_row_to_bytes(x + b * 32, 1, multiplier, bytes, scales + b, sums + b);
+    for (int i = 0; i < 32; ++i) codes[b * 32 + i] = int16_t(bytes[i]) - 128;
   }
 }
 

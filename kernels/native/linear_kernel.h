@@ -67,14 +67,17 @@ namespace {
 
 void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int64_t first, int64_t last) {
   const int64_t blocks = w.blocks();
-  float levels = 32767.0f;
 #if defined(__AVX2__)
-  if (fits_bytes(w)) levels = 127.0f;  // the same codes whichever path takes them: chunk sizes give the same result
-  if (fits_bytes(w) && q.rows > kFewRows) {
-    auto* codes = reinterpret_cast<uint8_t*>(q.codes);
-    for (int64_t r = first; r < last; ++r)
-      quantize_row_to_bytes(x + r * w.inputs, blocks, w.multiplier, codes + r * w.inputs, q.scales + r * blocks,
-                            q.sums + r * blocks);
+  if (fits_bytes(w)) {  // the same codes whichever path takes them: chunk sizes give the same result
+    auto* bytes = reinterpret_cast<uint8_t*>(q.codes);
+    for (int64_t r = first; r < last; ++r) {
+      const float* row = x + r * w.inputs;
+      float *scales = q.scales + r * blocks, *sums = q.sums + r * blocks;
+      if (q.rows > kFewRows)
+        quantize_row_to_bytes(row, blocks, w.multiplier, bytes + r * w.inputs, scales, sums);
+      else
+        quantize_row_to_words(row, blocks, w.multiplier, q.codes + r * w.inputs, scales, sums);
+    }
     return;
   }
 #endif
@@ -88,18 +91,21 @@ void quantize_rows(const PackedMatrix& w, const float* x, QuantizedRows& q, int6
         total += v;
       }
       const float amax = largest(peak);
-      const float inverse = amax > 0 ? levels / amax : 0.0f;
+      const float inverse = amax > 0 ? 32767.0f / amax : 0.0f;
       int16_t* out = q.codes + r * w.inputs + b * w.block;
+      Int added{};
       for (int i = 0; i < w.block; i += kLanes) {
         const Float shifted = load(in + i) * inverse + 12582912.0f;  // rounds to nearest
         const Int n = __builtin_convertvector(shifted - 12582912.0f, Int);
         typedef int16_t HalfSigned __attribute__((vector_size(kLanes * 2)));
+        added += n;
         const HalfSigned narrow = __builtin_convertvector(n, HalfSigned);
         std::memcpy(out + i, &narrow, sizeof narrow);
       }
       // A sum that is no number must not be lost in a comparison: the scale carries it into every output.
-      q.scales[r * blocks + b] = (std::isfinite(sum(total)) ? amax : std::nanf("")) / levels * w.multiplier;
-      q.sums[r * blocks + b] = sum(total) * w.multiplier;
+      const float scale = (std::isfinite(sum(total)) ? amax : std::nanf("")) / 32767.0f * w.multiplier;
+      q.scales[r * blocks + b] = scale;
+      q.sums[r * blocks + b] = sum(to_float(added)) * scale;
     }
   }
 }

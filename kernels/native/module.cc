@@ -76,8 +76,10 @@ Storage parse_storage(const std::string& name) {
 PackedMatrix packed_matrix(const Array<uint8_t>& data, int64_t outputs, int64_t inputs, int bits, int block,
                            bool has_min, float multiplier) {
   PackedMatrix w{data.data(), outputs, inputs, bits, block, has_min, multiplier};
-  expect(w.known(), "packed format: bits must be 4, 5, 6 or 8, block 16 or 32, inputs must be a multiple of 32");
-  expect(size_t(data.size()) == w.bytes(), "packed weights have the wrong size");
+  expect(bits == 4 || bits == 5 || bits == 6 || (bits == 8 && !has_min), "bits must be 4, 5, 6 or 8");
+  expect(block == 16 || block == 32, "block must be 16 or 32");
+  expect(inputs > 0 && inputs % 32 == 0 && outputs > 0, "inputs must be a multiple of 32");
+  expect(w.known() && size_t(data.size()) == w.bytes(), "packed weights have the wrong size");
   return w;
 }
 

@@ -37,7 +37,7 @@ struct PackedMatrix {
 struct QuantizedRows {
   int16_t* codes;  // [rows, inputs]
   float* scales;   // [rows, blocks]
-  float* sums;     // [rows, blocks]: sum of the block's values, for weights with a minimum
+  float* sums;     // [rows, blocks]: sum of the block's values as quantized, for weights with a minimum
   int64_t rows;
 };
 

@@ -311,7 +311,7 @@ def test_linear_with_rounded_activations_scales_integer_sums_by_block(rng: np.ra
         part = slice(32 * block, 32 * block + 32)
         sums = rounded[:, part] @ codes[:, part].T  # exact integers
         expected += sums * steps[:, block, None] * scales[:, block]
-        expected += x[:, part].sum(axis=1)[:, None] * mins[:, block]
+        expected += (rounded[:, part].sum(axis=1) * steps[:, block])[:, None] * mins[:, block]
     y = reference.linear(x, codes, scales, mins, activation_bits=8)
     np.testing.assert_allclose(y, expected, atol=1e-12)
     exact = reference.linear(x, codes, scales, mins)
