@@ -102,6 +102,8 @@ class Session:
             self.notice(
                 f"(the answer was cut at {answer.usage.new_tokens:,} tokens; --max-new-tokens allows more)"
             )
+        elif answer.usage.finish_reason == "repetition":
+            self.notice("(the answer began to repeat itself and was stopped; --temperature 0.7 may help)")
         elif answer.usage.finish_reason == "context":
             self.notice(
                 f"(the answer was cut: the model's context of {self.model.context_length:,} tokens is full; "

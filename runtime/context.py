@@ -18,6 +18,7 @@ from ..devices.sizes import format_size
 from ..errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
 from ..export.hub.reporting import Progress
 from .engine import Cancelled
+from .repetition import goes_in_circles
 from .sampling import Sampler, SamplingOptions
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Usage:
     """What an answer took. Seconds, tokens, bytes; ``kv`` as in ``satchel ask --json``.
 
     ``finish_reason``: ``stop`` (the model ended), ``length`` (max_new_tokens), ``context`` (the model's context or the
-    memory was full), ``cancelled``.
+    memory was full), ``repetition`` (a greedy answer went round in circles), ``cancelled``.
     """
 
     prompt_tokens: int
@@ -70,7 +71,6 @@ class Context:
         self._fresh = fresh  # nothing was read: the first turn brings the template's beginning
         self._first_turn = True
         self._has_system = has_system
-        self._ids: list[int] = []  # everything the cache has seen, for the repetition penalty
         self._pending: list[int] = []  # the last answer's last token: shown, but not yet run
         self._cancel = threading.Event()
         self._last: Answer | None = None
@@ -130,7 +130,7 @@ class Context:
         twin = Context(self._model, self._cache.fork(), self.plan, fresh=self._fresh, has_system=self._has_system)
         twin.read_seconds, twin.reopened, twin.is_fork = self.read_seconds, self.reopened, True
         twin._first_turn = self._first_turn
-        twin._ids, twin._pending = list(self._ids), list(self._pending)
+        twin._pending = list(self._pending)
         self._model.adopt(twin)
         return twin
 
@@ -192,7 +192,6 @@ class Context:
             row = self._model.engine.run(ids, self._cache)
         except CacheFullError:
             raise self._outgrown("close other conversations over this document, or raise the limit") from None
-        self._ids.extend(ids)
         return row
 
     def _make_room(self, tokens: int) -> None:
@@ -230,23 +229,28 @@ class Context:
         stream = self._model.tokenizer.stream()
         stops = frozenset(self._model.package.manifest.tokenizer.stop_ids)
         pieces: list[str] = []
+        answer_ids: list[int] = []
         produced, first_at, reason = 0, 0.0, "cancelled"
         prompt_tokens = self._cache.total_tokens + len(ids)
         try:
             row = self._read_turn(ids)
             self._first_turn, self._pending = False, []
             while True:
-                token = sampler.sample(row, self._ids)
+                token = sampler.sample(row, answer_ids)
                 produced += 1
                 first_at = first_at or time.perf_counter()
                 if token in stops:
                     reason = "stop"
                     break
                 self._pending = [token]
+                answer_ids.append(token)
                 piece = stream.push(token)
                 if piece:
                     pieces.append(piece)
                     yield piece
+                if sampler.options.temperature == 0 and goes_in_circles(answer_ids):
+                    reason = "repetition"
+                    break
                 if produced >= limit:
                     reason = "length" if limit == asked else "context"
                     break
@@ -291,7 +295,6 @@ class Context:
         except BaseException:
             if not self._cache.closed:
                 self._cache.forget_from(before)
-                del self._ids[before:]
             raise
         assert row is not None, "a turn has at least the template's tokens"
         return row
