@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 NATIVE = Path("kernels") / "native"
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 # file name of a variant -> its compiler flags; kernels/native/dispatch.cc chooses among them at run time
-VARIANTS = {"baseline": []}
+VARIANTS: dict[str, list[str]] = {"baseline": []}
 if X86:
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]
     AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]

@@ -2,8 +2,8 @@
 
     python benchmarks/memory_limit.py policy.txt --tokens 30000 --limits 600MB 700MB 1GB 2GB 4GB
 
-Each run is a process of its own, started as a user would; its peak is what the operating system accounts to it (resident
-pages, file-backed ones included). Exits with 1 when a run went over its limit.
+Each run is a process of its own, started as a user would; its peak is what the operating system accounts to it
+(resident pages, file-backed ones included). Exits with 1 when a run went over its limit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cut = Path(folder) / "document.txt"
         cut.write_text(tokenizer.decode(tokenizer.encode(text)[: arguments.tokens]), encoding="utf-8")
-        print(f"{'limit':>10} {'peak':>10} {'share':>6} {'tokens':>7} {'hot':>7} {'read s':>7} {'tokens/s':>9}", flush=True)
+        heads = f"{'limit':>10} {'peak':>10} {'share':>6} {'tokens':>7} {'hot':>7} {'read s':>7} {'tokens/s':>9}"
+        print(heads, flush=True)
         held = [run(str(package.folder), cut, limit) for limit in arguments.limits]
     sys.exit(0 if all(held) else 1)
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from .scorers import LayerView, find_scorer
+from .scorers import Floats, LayerView, find_scorer
 from .settings import CacheSettings
 
 
@@ -53,8 +53,8 @@ class KVUsage:
 class KVCache:
     """An owned cache: closing it frees its memory at once; a fork shares pages until one of the two writes.
 
-    ``hot_tokens`` None keeps everything, until one is set; with it `demote` leaves that many per KV head: the sinks, the
-    window and the best-scored others.
+    ``hot_tokens`` None keeps everything, until one is set; with it `demote` leaves that many per KV head: the sinks,
+    the window and the best-scored others.
     """
 
     def __init__(
@@ -154,7 +154,8 @@ class KVCache:
         tokens, heads = self._native.tokens(layer, 0), self._shape.kv_heads
         if self._scorer.needs_pairs:
             pairs = [self._native.read(layer, head) for head in range(heads)]
-            keys, values = (np.stack([pair[i] for pair in pairs]) for i in range(2))
+            keys: Floats = np.stack([pair[0] for pair in pairs])
+            values: Floats = np.stack([pair[1] for pair in pairs])
             positions = np.stack([pair[2] for pair in pairs])
         else:
             keys = values = np.empty((heads, tokens, 0), dtype=np.float32)

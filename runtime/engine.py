@@ -15,7 +15,6 @@ from ..errors import ModelError, SatchelError
 from ..export.package import Package
 from ..export.rope import rope_frequencies
 
-
 FULL_MESSAGE = "KV cache needs more than its limit"  # of the operator, which can raise nothing but text
 
 
@@ -45,7 +44,9 @@ class Engine:
                 str(package.model_file), session_options(threads), providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime raises its own kinds, all of them about the file here
-            raise ModelError(f"{package.model_file} cannot be loaded ({_line(error)}); export the model again") from error
+            raise ModelError(
+                f"{package.model_file} cannot be loaded ({_line(error)}); export the model again"
+            ) from error
 
     def run(self, ids: Sequence[int], cache: KVCache) -> NDArray[np.float32]:
         """Appends ``ids`` to the conversation in ``cache``; logits float32 [vocab] after the last one.

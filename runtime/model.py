@@ -116,7 +116,11 @@ class Model:
         return self._package.spec.context_length
 
     def read(
-        self, documents: str | Path | Sequence[str | Path], *, progress: Progress | None = None, system: str | None = None
+        self,
+        documents: str | Path | Sequence[str | Path],
+        *,
+        progress: Progress | None = None,
+        system: str | None = None,
     ) -> Context:
         """Reads files or folders (``-``: standard input) into a new conversation.
 

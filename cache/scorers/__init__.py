@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .base import LayerView, Scorer
+from .base import Floats, LayerView, Scorer
 from .expected_attention import ExpectedAttention
 from .keydiff import KeyDiff
 from .recency import Recency
@@ -26,4 +26,4 @@ def find_scorer(name: str) -> Scorer:
     return _SCORERS[name]()
 
 
-__all__ = ["LayerView", "Scorer", "find_scorer", "scorer_names"]
+__all__ = ["Floats", "LayerView", "Scorer", "find_scorer", "scorer_names"]

@@ -37,7 +37,8 @@ class ExpectedAttention(Scorer):
             logits += spread * np.float32(view.scale**2 / 2)
             weights = np.exp(logits - logits.max())
             scores[kv_head] += weights / weights.sum()
-        return scores * np.linalg.norm(view.values, axis=-1)
+        lengths: Floats = np.linalg.norm(view.values, axis=-1)
+        return scores * lengths
 
 
 def _mean_rotation(view: LayerView, size: int) -> Floats:

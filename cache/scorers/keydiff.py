@@ -16,4 +16,5 @@ class KeyDiff(Scorer):
         directions = view.keys / np.maximum(norms, 1e-12)
         anchor = directions.mean(axis=1, keepdims=True)
         anchor /= np.maximum(np.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)
-        return -np.einsum("ktd,kod->kt", directions, anchor, optimize=True).astype(np.float32)
+        cosines: Floats = np.einsum("ktd,kod->kt", directions, anchor, optimize=True)
+        return -cosines
