@@ -1,7 +1,7 @@
 """From a model file to a package folder: as a command, and by itself when a model is first used.
 
 A package appears whole or not at all: it is written into a temporary folder beside its place and renamed at
-    the end.
+the end.
 """
 
 from __future__ import annotations

@@ -76,12 +76,6 @@ inline float weigh(float* row, int padded, float maximum) {
   return sum(total);
 }
 
-struct RowState {
-  float* out;
-  float* maxima;
-  float* weights;
-};
-
 // One page into the running softmax of `rows` query rows.
 template <class T>
 void attend_page(const AttentionTask& task, const PageView& page, const T* keys, const T* values, int first, int rows,
