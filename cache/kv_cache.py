@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from .scorers import Floats, LayerView, find_scorer
+from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
 
 
@@ -135,7 +135,7 @@ class KVCache:
         if budget is None:
             return
         for layer in range(self._shape.layers):
-            if self._native.tokens(layer, 0) > budget:
+            if max(self._native.tokens(layer, head) for head in range(self._shape.kv_heads)) > budget:
                 try:
                     self._demote_layer(layer, budget)
                 except RuntimeError as error:  # the pool's limit, which the message names
@@ -146,20 +146,23 @@ class KVCache:
         scores = self._scorer.score(view)
         scores[:, : self._settings.sinks] = np.inf
         scores[:, max(scores.shape[1] - self._settings.window, 0) :] = np.inf
-        for head in range(self._shape.kv_heads):
-            best = np.argpartition(scores[head], -budget)[-budget:]
-            self._native.retain(layer, head, np.sort(best).astype(np.int32))
+        best = np.argpartition(scores, -budget, axis=1)[:, -budget:]
+        self._native.retain_layer(layer, np.sort(best, axis=1).astype(np.int32))
 
     def _view(self, layer: int) -> LayerView:
         tokens, heads = self._native.tokens(layer, 0), self._shape.kv_heads
-        if self._scorer.needs_pairs:
-            pairs = [self._native.read(layer, head) for head in range(heads)]
-            keys: Floats = np.stack([pair[0] for pair in pairs])
-            values: Floats = np.stack([pair[1] for pair in pairs])
-            positions = np.stack([pair[2] for pair in pairs])
-        else:
-            keys = values = np.empty((heads, tokens, 0), dtype=np.float32)
-            positions = np.tile(np.arange(tokens, dtype=np.int32), (heads, 1))
+        size, scorer = self._shape.head_size, self._scorer
+        keys = np.empty((heads, tokens, size if scorer.needs_pairs else 0), dtype=np.float32)
+        values = np.empty((heads, tokens, size if scorer.needs_values else 0), dtype=np.float32)
+        positions = np.empty((heads, tokens), dtype=np.int32)
+        for head in range(heads):
+            if not scorer.needs_pairs:
+                positions[head] = self._native.positions(layer, head)
+                continue
+            found = self._native.read(layer, head)
+            keys[head], positions[head] = found[0], found[2]
+            if scorer.needs_values:
+                values[head] = found[1]
         queries, query_positions = self._native.observed(layer)
         return LayerView(
             keys, values, positions, queries, query_positions, self._shape.frequencies, self._shape.scale

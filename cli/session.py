@@ -14,6 +14,7 @@ from threading import Event
 
 import click
 
+from ..errors import DocumentError
 from ..export.hub.reporting import Progress
 from ..runtime import Answer, Context
 from ..runtime.documents import read_documents
@@ -36,6 +37,8 @@ def require_documents(documents: Sequence[str]) -> None:
                 Path(name).expanduser().stat()
             except OSError as error:
                 raise unreadable(name, error) from error
+            except RuntimeError:  # ~name of nobody
+                raise DocumentError(f"{name}: there is no such user's folder; check the path") from None
 
 
 class Session:
@@ -104,6 +107,8 @@ class Session:
             )
         elif answer.usage.finish_reason == "repetition":
             self.notice("(the answer began to repeat itself and was stopped; --temperature 0.7 may help)")
+        elif answer.usage.finish_reason == "memory":
+            self.notice("(the answer was cut: the memory limit is reached; raise --memory or use --policy auto)")
         elif answer.usage.finish_reason == "context":
             self.notice(
                 f"(the answer was cut: the model's context of {self.model.context_length:,} tokens is full; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import MemoryLimitError
 from .sizes import format_size
@@ -11,7 +11,6 @@ CHUNKS = (512, 256, 128, 64)  # tokens read at a time, the fastest first
 # Beyond what is counted: growth of the allocator and the interpreter, measured over the runs in docs/lab-notes.md.
 MARGIN_BYTES = 24 << 20
 MARGIN_SHARE = 0.01
-GROWTH_TOKENS = 4096  # a conversation whose cache fits whole may grow by so much before it is pruned
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,15 @@ class Costs:
     page_tokens: int
     kv_bytes_per_page: int  # one page of every layer and KV head
     observed_bytes: int  # queries kept for the scorer
+    scoring_bytes_per_token: int = 0  # a scorer's working memory for each token that is held, one layer at a time
+
+    def pages(self, tokens: int) -> int:
+        """Pages of one KV head that hold ``tokens``."""
+        return -(-tokens // self.page_tokens)
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of the pages that ``tokens`` per KV head need."""
-        return -(-tokens // self.page_tokens) * self.kv_bytes_per_page
+        return self.pages(tokens) * self.kv_bytes_per_page
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,24 @@ def make_plan(
     hot_tokens: int | None = None,
     chunk: int | None = None,
     keep_everything: bool = False,
+    longest_tokens: int = 0,
 ) -> Plan:
     """The fastest way to read ``tokens`` inside ``limit_bytes``.
 
-    The whole cache stays when it fits and neither ``hot_tokens`` asks for less; else the largest budget that fits.
-    ``keep_everything`` (policy ``full``) refuses a budget.
+    The whole cache stays when it fits and no ``hot_tokens`` are asked for, with room to grow to ``longest_tokens`` as
+    far as there is any; else the largest budget that fits. ``keep_everything`` (policy ``full``) refuses a budget.
 
     Raises:
         MemoryLimitError: not even the smallest way fits; the message has the smallest limit that would.
     """
     chunks = (chunk,) if chunk else CHUNKS
-    if hot_tokens is None or tokens <= hot_tokens:
+    if keep_everything:
+        costs = replace(costs, scoring_bytes_per_token=0)
+    if hot_tokens is None:
         for size in chunks:
-            if plan := _whole(costs, limit_bytes, tokens, size):
-                return plan
+            most = _capacity(costs, limit_bytes, size)
+            if tokens <= most:
+                return _plan(costs, limit_bytes, size, None, min(most, max(tokens, longest_tokens)))
     if not keep_everything:
         # A small budget wants small chunks: one should not be more than half of what stays.
         plans = [_pruned(costs, limit_bytes, size, least_hot_tokens, hot_tokens) for size in chunks]
@@ -77,10 +85,9 @@ def make_plan(
         roomy = [plan for plan in found if (plan.hot_tokens or 0) >= 2 * plan.chunk]
         if found:
             return (roomy or found)[0 if roomy or hot_tokens is not None else -1]
-    ways = [tokens] if hot_tokens is None or tokens <= hot_tokens else []
-    if not keep_everything:
-        ways.append((hot_tokens or least_hot_tokens) + chunks[-1])
-    needed = sum(size for _, size in _rows(costs, chunks[-1], min(ways) + chunks[-1]))
+    pruned = (hot_tokens or least_hot_tokens) + chunks[-1]
+    held = tokens if keep_everything else pruned if hot_tokens else min(tokens, pruned)
+    needed = sum(size for _, size in _rows(costs, chunks[-1], held + chunks[-1]))
     needed = int((needed + MARGIN_BYTES) / (1 - MARGIN_SHARE)) + 1
     if keep_everything:
         remedy = "raise --memory or leave out --policy full"
@@ -99,12 +106,8 @@ def _capacity(costs: Costs, limit: int, chunk: int) -> int:
     """Tokens per KV head that fit; a fork's turn may take a chunk more, which is left out."""
     fixed = sum(size for _, size in _rows(costs, chunk, 0))
     room = int(limit * (1 - MARGIN_SHARE)) - MARGIN_BYTES - fixed
-    return max(room, 0) // costs.kv_bytes_per_page * costs.page_tokens - chunk
-
-
-def _whole(costs: Costs, limit: int, tokens: int, chunk: int) -> Plan | None:
-    most = _capacity(costs, limit, chunk)
-    return _plan(costs, limit, chunk, None, min(most, tokens + GROWTH_TOKENS)) if tokens <= most else None
+    page_bytes = costs.kv_bytes_per_page + costs.scoring_bytes_per_token * costs.page_tokens
+    return max(room, 0) // page_bytes * costs.page_tokens - chunk
 
 
 def _pruned(costs: Costs, limit: int, chunk: int, least_hot: int, hot_tokens: int | None) -> Plan | None:
@@ -124,5 +127,6 @@ def _rows(costs: Costs, chunk: int, held_tokens: int) -> list[tuple[str, int]]:
         ("weights", costs.weight_bytes),
         (f"graph scratch for {chunk} tokens at a time", costs.scratch_bytes_per_chunk_token * chunk),
         ("observed queries", costs.observed_bytes),
+        ("scoring, one layer at a time", costs.scoring_bytes_per_token * costs.page_tokens * costs.pages(held_tokens)),
         ("KV cache", costs.kv_bytes(held_tokens)),
     ]

@@ -20,6 +20,8 @@ from .hub.safe_write import make_folder, storage_errors, temporary_file, tempora
 from .native import NativeFlavour
 from .package import (
     EXPORTER_VERSION,
+    MANIFEST_FILE,
+    REQUIRED_FILES,
     TOKENIZER_FILE,
     Manifest,
     Package,
@@ -68,6 +70,10 @@ def export_model(
     _check_options(bits, flavour)
     if out.exists() and not is_package(out) and not (out.is_dir() and not any(out.iterdir())):
         raise StorageError(f"{out} exists and is not a model package; name another folder or remove it")
+    if out.is_dir() and (others := {path.name for path in out.iterdir()} - {MANIFEST_FILE, *REQUIRED_FILES}):
+        raise StorageError(
+            f"{out} is a package, but also holds {min(others)}; move that away or name another folder"
+        )
     with open_source(source) as opened:
         return _export(opened, None, out.absolute(), bits, flavour, progress or no_progress)
 

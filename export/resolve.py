@@ -21,7 +21,12 @@ def resolve_model(
         ModelError: no such model, or one that cannot be used.
         DownloadError, StorageError: it could not be fetched or stored.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~name of nobody
+        raise ModelError(
+            f"{name}: there is no such user's folder; give a .gguf file, a package folder or a name"
+        ) from None
     if path.is_dir():
         return open_package(path)
     root = cache_folder(cache_dir)

@@ -31,8 +31,9 @@ DEFAULT_NEW_TOKENS = 512
 class Usage:
     """What an answer took. Seconds, tokens, bytes; ``kv`` as in ``satchel ask --json``.
 
-    ``finish_reason``: ``stop`` (the model ended), ``length`` (max_new_tokens), ``context`` (the model's context or the
-    memory was full), ``repetition`` (a greedy answer went round in circles), ``cancelled``.
+    ``finish_reason``: ``stop`` (the model ended), ``length`` (max_new_tokens), ``context`` (the model's context was
+    full), ``memory`` (the memory limit was reached), ``repetition`` (a greedy answer went round in circles),
+    ``cancelled``.
     """
 
     prompt_tokens: int
@@ -112,6 +113,7 @@ class Context:
                 f"the question has {len(ids):,} tokens but {room:,} of the model's {self._model.context_length:,} are "
                 "left in this conversation; start a new one or give fewer pages"
             )
+        self._cancel.clear()
         return self._generate(ids, sampler, min(max_new_tokens, room - len(ids)), max_new_tokens)
 
     @property
@@ -224,7 +226,6 @@ class Context:
         return tokenizer.encode_segments(template.rest(question, system=self._has_system), start=False)
 
     def _generate(self, ids: list[int], sampler: Sampler, limit: int, asked: int) -> Iterator[str]:
-        self._cancel.clear()
         begun = time.perf_counter()
         stream = self._model.tokenizer.stream()
         stops = frozenset(self._model.package.manifest.tokenizer.stop_ids)
@@ -257,7 +258,7 @@ class Context:
                 try:
                     row = self.append(self._pending)
                 except MemoryLimitError:
-                    reason = "context"
+                    reason = "memory"
                     break
                 self._pending = []
         except Cancelled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .. import kernels
 from ..cache import CacheSettings
+from ..cache.scorers import find_scorer
 from ..devices.planner import Costs
 from ..export.package import Package
 
@@ -29,15 +30,18 @@ def scratch_bytes_per_chunk_token(package: Package) -> int:
     return 4 * (4 * wide + 6 * hidden + 6 * heads) + 3 * wide
 
 
-def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, observed_queries: int) -> Costs:
+def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int) -> Costs:
     """The planner's figures for one conversation with this model."""
     spec = package.spec
     pages = spec.layers * spec.kv_heads
+    scorer = find_scorer(settings.scorer)
     return Costs(
         process_bytes=process_bytes,
         weight_bytes=package.weight_bytes,
         scratch_bytes_per_chunk_token=scratch_bytes_per_chunk_token(package),
         page_tokens=kernels.PAGE_TOKENS,
         kv_bytes_per_page=pages * page_bytes(spec.head_size, settings.storage),
-        observed_bytes=observed_queries * spec.layers * spec.heads * spec.head_size * 4,
+        # twice: what a run that is rolled back must restore
+        observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
+        scoring_bytes_per_token=scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size),
     )

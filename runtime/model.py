@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import CacheSettings, KVCache
-from ..cache.scorers import find_scorer, scorer_names
+from ..cache.scorers import scorer_names
 from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
 from ..devices.planner import Plan, make_plan
 from ..devices.sizes import format_size, parse_size
@@ -32,6 +34,7 @@ DEVICES = ("cpu",)
 ANSWER_ROOM = 1024  # tokens of questions and answers that a plan makes room for beside the document
 NAMED_POLICY_HOT_TOKENS = 2048  # of a policy asked for by name, without a budget of its own
 READ_CHUNK = 512
+BYTES_PER_ID = 40  # of a token id in a Python list: pointer and number
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Model:
             tokens.chat_template, bos_token=self._spelling(tokens.bos_id), eos_token=self._spelling(tokens.eos_id)
         )
         self._engine: Engine | None = Engine(package, options.threads)
-        self._contexts: list[Context] = []
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()  # one that is dropped gives its memory back
         release_free_memory()
         self._used_bytes = resident_memory().total_bytes
         self._has_run = False
@@ -149,6 +152,8 @@ class Model:
                 f"the document has {len(ids):,} tokens, the model {self.name} reads at most {limit:,}; "
                 "give fewer pages, or a model with a longer context (see 'satchel models')"
             )
+        if self._has_run:  # the first document was measured, this one is not
+            self._used_bytes += sys.getsizeof(text) + BYTES_PER_ID * len(ids)
         context = self.open_context(len(ids), has_document=bool(text), has_system=system is not None)
         try:
             context.prefill(ids, progress or no_progress)
@@ -172,6 +177,8 @@ class Model:
         vocab = self._package.spec.vocab
         if min(ids) < 0 or max(ids) >= vocab:
             raise OptionError(f"a token id is outside the vocabulary of {vocab}")
+        self._measure()
+        self._has_run = True
         cache = KVCache(self.engine.cache_shape, self.options.settings, hot_tokens=None, threads=self.options.threads)
         try:
             for first in range(0, len(ids), chunk):
@@ -197,12 +204,11 @@ class Model:
 
     def forget(self, context: Context) -> None:
         """A context was closed."""
-        if context in self._contexts:
-            self._contexts.remove(context)
+        self._contexts.discard(context)
 
     def adopt(self, context: Context) -> None:
         """A context was made (by `read` or by a fork)."""
-        self._contexts.append(context)
+        self._contexts.add(context)
 
     def cancel_run(self, cache: KVCache) -> None:
         """Stops what the engine does for ``cache``; nothing to stop is no error, so that signal handlers may call."""
@@ -223,13 +229,13 @@ class Model:
     def open_context(self, tokens: int, *, has_document: bool = True, has_system: bool = False) -> Context:
         """An empty conversation with a plan for ``tokens`` tokens and an answer."""
         plan = self._plan(min(tokens + ANSWER_ROOM, self.context_length))
+        self._has_run = True
         settings = self.options.settings
-        if plan.hot_tokens is not None:
+        if plan.hot_tokens is not None and tokens > plan.hot_tokens:
             self._notice(
                 f"{format_size(plan.limit_bytes)} of memory: {plan.hot_tokens:,} of {tokens:,} tokens stay hot for "
                 f"each head (policy {settings.scorer})"
             )
-        self._has_run = True
         cache = KVCache(
             self.engine.cache_shape,
             settings,
@@ -242,15 +248,11 @@ class Model:
         return context
 
     def _plan(self, tokens: int) -> Plan:
-        if not self._has_run:  # later, weights and scratch are resident and would be counted twice
-            release_free_memory()
-            self._used_bytes = max(self._used_bytes, resident_memory().total_bytes)
-        others = sum(context.plan.kv_limit_bytes for context in self._contexts if not context.is_fork)
+        self._measure()
+        # Forks share the pages of what they were forked from, and its plan.
+        others = sum({id(context.plan): context.plan.kv_limit_bytes for context in self._contexts}.values())
         settings, policy = self.options.settings, self.options.policy
-        observed = 0 if policy == "full" else find_scorer(settings.scorer).observed_queries
-        costs = costs_of(
-            self._package, settings, process_bytes=self._used_bytes + others, observed_queries=observed
-        )
+        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + others)
         return make_plan(
             costs,
             self.options.memory_bytes,
@@ -259,7 +261,14 @@ class Model:
             hot_tokens=settings.hot_tokens,
             chunk=settings.chunk,
             keep_everything=policy == "full",
+            longest_tokens=self.context_length,
         )
+
+    def _measure(self) -> None:
+        """Notes what the process holds before its first run: later, weights and scratch would be counted twice."""
+        if not self._has_run:
+            release_free_memory()
+            self._used_bytes = max(self._used_bytes, resident_memory().total_bytes)
 
 
 def load(

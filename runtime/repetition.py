@@ -15,5 +15,10 @@ def goes_in_circles(ids: Sequence[int]) -> bool:
     for length in range(SHORTEST_LOOP_TOKENS, longest + 1):
         last = ids[-length:]
         if all(ids[-length * (i + 1) : -length * i] == last for i in range(1, REPEATS)):
-            return len(set(last)) > 1  # a ruler, dots of a table of contents: one token over and over may end
+            return not _is_short_loop(last)
     return False
+
+
+def _is_short_loop(ids: Sequence[int]) -> bool:
+    """Whether a few tokens over and over make it up: a row of zeros, dots or table marks, which may well end."""
+    return any(all(a == b for a, b in zip(ids, ids[n:], strict=False)) for n in range(1, SHORTEST_LOOP_TOKENS))

@@ -16,7 +16,8 @@ Floats = NDArray[np.float32]
 class LayerView:
     """One layer of the cache after a chunk. Letters: K KV heads, H query heads, T tokens, D head size, W queries.
 
-    ``keys`` (after RoPE) and ``values`` float32 [K, T, D]; ``positions`` int32 [K, T], ascending in each head;
+    ``keys`` (after RoPE) and ``values`` float32 [K, T, D] (D is 0 when the scorer does not need them);
+    ``positions`` int32 [K, T], ascending in each head;
     ``queries`` (before RoPE) float32 [W, H, D] at ``query_positions`` int32 [W], the last ones of the chunk, as many
     as the scorer declares; ``frequencies`` float32 [rotated dimensions / 2], radians per position; ``scale`` of the
     logits.
@@ -39,7 +40,15 @@ class Scorer(ABC):
     observed_queries: ClassVar[int] = 0
     """How many of a chunk's last queries the view must hold."""
     needs_pairs: ClassVar[bool] = True
-    """Whether it looks at keys and values (copying them out costs time)."""
+    """Whether it looks at keys (copying them out costs time)."""
+    needs_values: ClassVar[bool] = False
+    """Whether it looks at values, too."""
+
+    @classmethod
+    def scoring_bytes_per_token(cls, kv_heads: int, head_size: int) -> int:
+        """Working memory for each token of a layer: the copies of the view, and rows of logits as wide as the layer."""
+        copies = (1 + cls.needs_values) * kv_heads + 3  # one more head's keys and values on their way, and scaled keys
+        return 4 * (copies * head_size * cls.needs_pairs + 3 * cls.observed_queries + 4 * kv_heads)
 
     @abstractmethod
     def score(self, view: LayerView) -> Floats:

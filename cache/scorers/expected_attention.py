@@ -20,6 +20,7 @@ class ExpectedAttention(Scorer):
     name = "expected-attention"
     paper = "Expected Attention, arXiv 2510.00636"
     observed_queries = 128
+    needs_values = True
 
     def score(self, view: LayerView) -> Floats:
         kv_heads, tokens, size = view.keys.shape

@@ -24,14 +24,17 @@ class SnapKV(Scorer):
         group = queries.shape[1] // kv_heads
         scores = np.empty((kv_heads, tokens), dtype=np.float32)
         for head in range(kv_heads):
-            rows = queries[:, head * group : (head + 1) * group].reshape(-1, queries.shape[-1])
-            logits = rows @ (view.keys[head] * np.float32(view.scale)).T
+            keys = view.keys[head] * np.float32(view.scale)
             newest = int(np.searchsorted(view.positions[head], view.query_positions[0], side="right"))
-            unseen = view.positions[head, newest:] > np.repeat(view.query_positions, group)[:, None]
-            logits[:, newest:][unseen] = -np.inf
-            logits -= logits.max(axis=1, keepdims=True)
-            weights = np.exp(logits, out=logits)
-            scores[head] = pool((1 / weights.sum(axis=1)) @ weights / np.float32(len(rows)))
+            unseen = view.positions[head, newest:] > view.query_positions[:, None]
+            mass = np.zeros(tokens, dtype=np.float32)
+            for row in range(head * group, (head + 1) * group):
+                logits = queries[:, row] @ keys.T
+                logits[:, newest:][unseen] = -np.inf
+                logits -= logits.max(axis=1, keepdims=True)
+                weights = np.exp(logits, out=logits)
+                mass += (1 / weights.sum(axis=1)) @ weights
+            scores[head] = pool(mass / np.float32(group * len(queries)))
         return scores
 
 

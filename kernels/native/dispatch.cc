@@ -6,6 +6,10 @@
 
 #include "variant.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace satchel {
 
 extern const Variant variant_baseline;
@@ -15,10 +19,17 @@ extern const Variant variant_avx512;
 extern const Variant variant_avx512vnni;
 #endif
 
+#if defined(__x86_64__)
+static bool has_f16c() {  // not every compiler knows the name
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+}
+#endif
+
 std::vector<const Variant*> variants() {
   std::vector<const Variant*> found{&variant_baseline};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&variant_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) found.push_back(&variant_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     found.push_back(&variant_avx512);

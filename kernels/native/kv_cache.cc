@@ -315,16 +315,21 @@ void copy_token(const Page& source, int from, Page& target, int to, int head_siz
 }
 }  // namespace
 
-void KVCache::retain(int layer, int kv_head, const int32_t* kept, int count) {
-  Head& head = layers_.at(layer).heads.at(kv_head);
+// Checks the indices and makes all copies of shared pages that will be written; the first token that moves.
+int KVCache::prepare_retain(Head& head, const int32_t* kept, int count) {
   for (int i = 0; i < count; ++i)
     if (kept[i] < 0 || kept[i] >= head.tokens || (i && kept[i] <= kept[i - 1]))
       throw std::invalid_argument("retain: indices must ascend and lie inside the head");
-  int first = 0;  // what stays in its place
+  int first = 0;
   while (first < count && kept[first] == first) ++first;
-  // All copies of shared pages are made before anything moves: without room for them nothing has changed.
   for (int page = first / kPageTokens; page * kPageTokens < count && first < count; ++page) writable(head, page);
-  for (int to = first; to < count; ++to) {
+  if (count < head.tokens && count % kPageTokens) writable(head, count / kPageTokens);
+  return first;
+}
+
+void KVCache::retain(int layer, int kv_head, const int32_t* kept, int count) {
+  Head& head = layers_.at(layer).heads.at(kv_head);
+  for (int to = prepare_retain(head, kept, count); to < count; ++to) {
     const int from = kept[to];
     Page& target = *head.pages[to / kPageTokens];
     const Page& source = *head.pages[from / kPageTokens];
@@ -335,6 +340,12 @@ void KVCache::retain(int layer, int kv_head, const int32_t* kept, int count) {
   }
   truncate(head, count);
   head.committed = head.tokens;
+}
+
+void KVCache::retain_layer(int layer, const int32_t* kept, int count) {
+  auto& heads = layers_.at(layer).heads;
+  for (size_t kv = 0; kv < heads.size(); ++kv) prepare_retain(heads[kv], kept + kv * count, count);
+  for (size_t kv = 0; kv < heads.size(); ++kv) retain(layer, int(kv), kept + kv * count, count);
 }
 
 int KVCache::tokens(int layer, int kv_head) const { return layers_.at(layer).heads.at(kv_head).tokens; }
@@ -378,6 +389,11 @@ void KVCache::read(int layer, int kv_head, bool rotated, float* keys, float* val
     rotate(key.data(), rope.data(), half, D, 1.0f, to);
     for (int i = 0; i < 2 * half; ++i) to[i] *= undo;
   }
+}
+
+void KVCache::positions(int layer, int kv_head, int32_t* out) const {
+  const Head& head = layers_.at(layer).heads.at(kv_head);
+  for (int t = 0; t < head.tokens; ++t) out[t] = head.pages[t / kPageTokens]->positions()[t % kPageTokens];
 }
 
 size_t KVCache::bytes() const {

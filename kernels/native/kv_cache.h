@@ -46,8 +46,11 @@ class KVCache {
 
   // Keeps the tokens kept[kv_head][0..count) (ascending indices) of a layer and forgets the others.
   void retain(int layer, int kv_head, const int32_t* kept, int count);
+  // The same for all heads of a layer, kept [kv_heads, count]: when memory for copies runs out, no head has changed.
+  void retain_layer(int layer, const int32_t* kept, int count);
 
   int tokens(int layer, int kv_head) const;
+  void positions(int layer, int kv_head, int32_t* out) const;
   // Copies: keys (before RoPE, or after it when `rotated`), values [tokens, D], positions [tokens]
   void read(int layer, int kv_head, bool rotated, float* keys, float* values, int32_t* positions) const;
   // The observed queries before RoPE [n, heads, D] and their positions [n]
@@ -75,6 +78,7 @@ class KVCache {
   };
 
   KVCache(const KVCache&) = default;
+  int prepare_retain(Head&, const int32_t* kept, int count);
   Page& writable(Head&, int page);
   void truncate(Head&, int tokens);
   void append(Head&, const float* keys, const float* values, int64_t stride, const int32_t* positions, int tokens,

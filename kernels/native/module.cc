@@ -173,6 +173,18 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         cache->retain(layer, kv_head, kept.data(), int(kept.size()));
       }, py::arg("layer"), py::arg("kv_head"), py::arg("kept"))
+      .def("retain_layer", [](CacheHandle& self, int layer, const Array<int32_t>& kept) {
+        const std::shared_ptr<KVCache> cache = self.shared();
+        expect(kept.ndim() == 2 && kept.shape(0) == cache->shape().kv_heads, "kept must be [kv_heads, tokens]");
+        py::gil_scoped_release release;
+        cache->retain_layer(layer, kept.data(), int(kept.shape(1)));
+      }, py::arg("layer"), py::arg("kept"), "Keeps tokens kept[kv_head] of every head of a layer; all heads or none.")
+      .def("positions", [](const CacheHandle& self, int layer, int kv_head) {
+        const KVCache& cache = self.get();
+        py::array_t<int32_t> positions(cache.tokens(layer, kv_head));
+        cache.positions(layer, kv_head, positions.mutable_data());
+        return positions;
+      }, py::arg("layer"), py::arg("kv_head"))
       .def("read", [](const CacheHandle& self, int layer, int kv_head, bool rotated) {
         const KVCache& cache = self.get();
         const py::ssize_t n = cache.tokens(layer, kv_head), d = cache.shape().head_size;

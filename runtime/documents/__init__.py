@@ -99,7 +99,10 @@ def read_documents(
         raise DocumentError("- (standard input) is given more than once; it can be read once only")
     collected = _Collected(progress)
     for source in sources:
-        path = Path(source).expanduser()
+        try:
+            path = Path(source).expanduser()
+        except RuntimeError:  # ~name of nobody
+            raise DocumentError(f"{source}: there is no such user's folder; check the path") from None
         if str(source) != "-" and _is_folder(path):
             _add_folder(path, collected)
         else:

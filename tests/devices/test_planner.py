@@ -105,10 +105,23 @@ def test_the_whole_cache_stays_when_it_fits(tokens: int) -> None:
             assert found.hot_tokens is None, f"{tokens} tokens fit whole into {limit} bytes, kept {found.hot_tokens}"
 
 
-def test_a_budget_that_holds_the_text_is_no_budget() -> None:
-    found = plan(LIMITS[-1], 2_000, hot_tokens=2_048)
+def test_a_budget_holds_for_the_turns_after_a_short_text_too() -> None:
+    found = plan(LIMITS[-1], 500, hot_tokens=2_048)
     assert found is not None
-    assert found.hot_tokens is None
+    assert (found.hot_tokens, found.capacity_tokens) == (2_048, 2_048 + found.chunk)
+
+
+@pytest.mark.parametrize(("longest", "capacity"), [(0, 2_000), (1_000, 2_000), (32_768, 32_768)])
+def test_a_whole_cache_has_room_to_grow(longest: int, capacity: int) -> None:
+    found = plan(LIMITS[-1], 2_000, longest_tokens=longest)
+    assert found is not None
+    assert (found.hot_tokens, found.capacity_tokens) == (None, capacity)
+
+
+def test_scoring_needs_room_unless_everything_is_kept() -> None:
+    costs = replace(COSTS, scoring_bytes_per_token=2_000)
+    assert smallest(30_000, costs) > smallest(30_000) + 2_000 * LEAST
+    assert smallest(30_000, costs, keep_everything=True) == smallest(30_000, keep_everything=True)
 
 
 @pytest.mark.parametrize("field", ["process_bytes", "weight_bytes", "observed_bytes"])

@@ -249,7 +249,7 @@ def test_an_error_while_reading_leaves_nothing_behind(load_tiny: Load) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         model.read_text("word " * 100, progress=stop)
-    assert model._contexts == []
+    assert not model._contexts
     with model.read_text("word " * 100) as context:
         assert context.ask("?", max_new_tokens=2).text is not None
 

@@ -17,7 +17,8 @@ LOOP = list(range(20))
         ([7, 8, *LOOP * 3], True),
         ([*LOOP * 3, 99], False),
         ([1, 2, 3] * 2, False),
-        ([1, 2, 3] * 9, True),  # nine times three is three times nine
+        ([1, 2, 3] * 9, False),  # nine times three is three times nine, too
+        ([0, 1] * 20, False),
         ([5] * 100, False),
         (list(range(LONGEST_LOOP_TOKENS + 1)) * 3, False),
         (list(range(1000)), False),
