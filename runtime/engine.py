@@ -92,7 +92,7 @@ class Engine:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """The settings of every session of ours; with them, memory follows what a chunk needs."""
+    """The settings of every session of ours: one pool of ``threads``, our operators, warnings left out."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
