@@ -14,6 +14,7 @@ from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
 from ..runtime.bench import DECODE_TOKENS, DEFAULT_RUNS, RATIOS, Figures, Report, named_file, prepare
 from ..runtime.model import Options
+from .options import key_values
 from .progress import progress_bar
 
 EPILOG = """\b
@@ -29,16 +30,6 @@ ROWS = {
     "peak_rss_bytes": ("peak memory", ""),
     "kv_bytes": ("KV cache", ""),
 }
-
-
-def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    pairs = {}
-    for text in values:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE, such as hot_tokens=2048", ctx, parameter)
-        pairs[key.strip()] = value.strip()
-    return pairs
 
 
 def _peer(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -61,7 +52,7 @@ def _peer(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
               help="Read this document, repeated or cut to N tokens (else made-up prose).")
 @click.option("--policy", default="auto", show_default=True, metavar="NAME",
               help="full keeps every token, auto what fits, a scorer's name prunes by it.")
-@click.option("--kv", multiple=True, metavar="KEY=VALUE", callback=_pairs,
+@click.option("--kv", multiple=True, metavar="KEY=VALUE", callback=key_values,
               help="A setting of our cache, repeatable, such as hot_tokens=2048.")
 @click.option("--memory", metavar="SIZE",
               help="Limit of our process, such as 1.2GB (else what the machine has).")

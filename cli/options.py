@@ -71,7 +71,8 @@ def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> i
         raise click.BadParameter(str(error), ctx, parameter) from error
 
 
-def _pairs(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Callback of every ``--kv KEY=VALUE``: the pairs, whose keys and values are checked where they are used."""
     settings = {}
     for text in values:
         key, equals, value = text.partition("=")
@@ -91,7 +92,7 @@ _MODEL_OPTIONS = (
     click.option("--policy", metavar="|".join(_POLICIES), default="auto", show_default=True,
                  help="full keeps every token, auto what fits into the memory; a name keeps what that method "
                       "finds most important."),
-    click.option("--kv", metavar="KEY=VALUE", multiple=True, callback=_pairs,
+    click.option("--kv", metavar="KEY=VALUE", multiple=True, callback=key_values,
                  help=f"A setting of the KV cache, repeatable: {_KV_KEYS}."),
     click.option("--threads", type=click.IntRange(1, 1024), metavar="N",
                  help="Threads to compute with.  [default: the cores that this process may use]"),
