@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "codec_kernel.h"
 #include "simd.h"
 #include "variant.h"
 
@@ -155,16 +156,81 @@ void attend_pages(const AttentionTask& task, float* scratch) {
   }
 }
 
+// Keys [D][16] turned to their positions: the block's first token by `base` (cosines, sines), the others from there.
+inline void turn_block(const RopeView& rope, const float* base, const uint8_t* order, float* keys) {
+  float cosines[kTile], sines[kTile];
+  for (int i = 0; i < rope.half; ++i) {
+    const float *c = rope.inside + size_t(i) * RopeTable::kStep,
+                *s = rope.inside + size_t(rope.half + i) * RopeTable::kStep;
+    if (order) {
+      for (int t = 0; t < kTile; ++t) cosines[t] = c[order[t]], sines[t] = s[order[t]];
+      c = cosines, s = sines;
+    }
+    float *low = keys + size_t(i) * kTile, *high = keys + size_t(i + rope.half) * kTile;
+    for (int t = 0; t < kTile; t += kLanes) {
+      const Float ct = load(c + t), st = load(s + t);
+      const Float turn_c = ct * base[i] - st * base[rope.half + i], turn_s = st * base[i] + ct * base[rope.half + i];
+      const Float a = load(low + t), b = load(high + t);
+      store(low + t, a * turn_c - b * turn_s);
+      store(high + t, b * turn_c + a * turn_s);
+    }
+  }
+}
+
+// The rotation to `position` without the attention factor, which `inside` brings.
+inline void rotation_at(const RopeView& rope, int32_t position, float* out) {
+  const float* step = rope.steps + size_t(position / RopeTable::kStep) * 2 * rope.half;
+  const int inside = position % RopeTable::kStep;
+  const float unit = 1.0f / std::max(rope.inside[0], 1e-30f);  // cos 0 times the factor
+  for (int i = 0; i < rope.half; ++i) {
+    const float c = rope.inside[size_t(i) * RopeTable::kStep + inside] * unit;
+    const float s = rope.inside[size_t(rope.half + i) * RopeTable::kStep + inside] * unit;
+    out[i] = step[i] * c - step[rope.half + i] * s;
+    out[rope.half + i] = step[rope.half + i] * c + step[i] * s;
+  }
+}
+
+// Archived blocks, decoded four at a time into a page of floats.
+inline void attend_blocks(const AttentionTask& task, float* scratch) {
+  constexpr int kBlocks = kPageTokens / kTile;
+  const int D = task.head_size;
+  float* logits = scratch;
+  float* keys = logits + kRowBlock * kPageTokens;
+  float* values = keys + kPageTokens * D;
+  float base[kMaxHeadSize];
+  int32_t positions[kPageTokens];
+  for (int first = 0; first < task.blocks_count; first += kBlocks) {
+    const int blocks = std::min(kBlocks, task.blocks_count - first);
+    bool masked = false;
+    for (int b = 0; b < blocks; ++b) {
+      const StoredBlock& block = task.blocks[first + b];
+      float* block_keys = keys + size_t(b) * kTile * D;
+      decode_block(*block.format, block.data, block_keys, values + size_t(b) * kTile * D);
+      rotation_at(task.rope, block.position, base);
+      turn_block(task.rope, base, block.order, block_keys);
+      for (int t = 0; t < kTile; ++t)
+        positions[b * kTile + t] = block.hidden >> t & 1 ? std::numeric_limits<int32_t>::max() : block.position;
+      masked |= block.hidden != 0;
+    }
+    const PageView page{keys, values, positions, blocks * kTile};
+    for (int row = 0; row < task.rows; row += kRowBlock)
+      attend_page(task, page, keys, values, row, std::min(kRowBlock, task.rows - row), masked, logits);
+  }
+}
+
 void attend(const AttentionTask& task) {
   // 24 KB of logits and a page of keys and values; on the heap once per thread
   static thread_local std::unique_ptr<float[]> scratch_owner;
   if (!scratch_owner) scratch_owner.reset(new float[kRowBlock * kPageTokens + 2 * kPageTokens * kMaxHeadSize]);
   float* scratch = scratch_owner.get();
-  std::memset(task.out, 0, size_t(task.rows) * task.head_size * sizeof(float));
-  for (int r = 0; r < task.rows; ++r) {
-    task.maxima[r] = kHidden;
-    task.weights[r] = 0;
+  if (!task.resume) {
+    std::memset(task.out, 0, size_t(task.rows) * task.head_size * sizeof(float));
+    for (int r = 0; r < task.rows; ++r) {
+      task.maxima[r] = kHidden;
+      task.weights[r] = 0;
+    }
   }
+  attend_blocks(task, scratch);
   if (task.storage == Storage::kFloat32)
     attend_pages<float>(task, scratch);
   else

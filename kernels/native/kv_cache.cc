@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "rotate.h"
+
 namespace satchel {
 
 namespace {
@@ -37,15 +39,6 @@ size_t key_index(int t, int d, int head_size) {
   return size_t(t / kTileTokens) * kTileTokens * head_size + size_t(d) * kTileTokens + t % kTileTokens;
 }
 
-// Half-split rotary embedding of one head: rope = [cos (half), sin (half)]; dimensions past 2 * half are copied.
-void rotate(const float* x, const float* rope, int half, int head_size, float scale, float* out) {
-  for (int i = 0; i < half; ++i) {
-    const float a = x[i], b = x[i + half];
-    out[i] = (a * rope[i] - b * rope[half + i]) * scale;
-    out[i + half] = (b * rope[i] + a * rope[half + i]) * scale;
-  }
-  for (int i = 2 * half; i < head_size; ++i) out[i] = x[i] * scale;
-}
 void rope_at(int32_t position, const std::vector<float>& frequencies, float factor, float* out) {
   const size_t half = frequencies.size();
   for (size_t i = 0; i < half; ++i) {
@@ -65,13 +58,15 @@ KVCache::KVCache(const CacheShape& shape) : shape_(shape) {
   pool_ = std::make_shared<PagePool>(shape.head_size, shape.storage, shape.limit_bytes);
   layers_.resize(shape.layers);
   for (Layer& layer : layers_) layer.heads.resize(shape.kv_heads);
+  if (shape.archive)
+    archive_ = std::make_unique<Archive>(*shape.archive, shape.layers, shape.kv_heads, shape.head_size);
 }
 
-std::unique_ptr<KVCache> KVCache::fork() const {
-  std::unique_ptr<KVCache> copy(new KVCache(*this));
-  copy->work_ = Workspace();
-  return copy;
-}
+KVCache::KVCache(const KVCache& other)
+    : shape_(other.shape_), pool_(other.pool_), layers_(other.layers_),
+      archive_(other.archive_ ? std::make_unique<Archive>(*other.archive_) : nullptr) {}
+
+std::unique_ptr<KVCache> KVCache::fork() const { return std::unique_ptr<KVCache>(new KVCache(*this)); }
 
 Page& KVCache::writable(Head& head, int page) {
   std::shared_ptr<Page>& slot = head.pages[page];
@@ -84,8 +79,8 @@ Page& KVCache::writable(Head& head, int page) {
 }
 
 void KVCache::append(Head& head, const float* keys, const float* values, int64_t stride, const int32_t* positions,
-                     int tokens, const float* rope) {
-  const int D = shape_.head_size, half = int(work_.rope_frequencies.size());
+                     int tokens, const float* rope, int half) {
+  const int D = shape_.head_size;
   float rotated[256];
   for (int t = 0; t < tokens; ++t) {
     const int page_index = head.tokens / kPageTokens, slot = head.tokens % kPageTokens;
@@ -99,6 +94,18 @@ void KVCache::append(Head& head, const float* keys, const float* values, int64_t
     page.positions()[slot] = positions[t];
     ++head.tokens;
   }
+}
+
+int32_t KVCache::position_of(const Head& head, int token) {
+  return head.pages[token / kPageTokens]->positions()[token % kPageTokens];
+}
+int KVCache::first_at(const Head& head, int position) {  // the first token at this position or later
+  int low = 0, high = head.tokens;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    position_of(head, middle) < position ? low = middle + 1 : high = middle;
+  }
+  return low;
 }
 
 void KVCache::truncate(Head& head, int tokens) {
@@ -128,11 +135,11 @@ void KVCache::rollback() {
   }
 }
 void KVCache::forget_from(int position) {
+  if (position < archived_until()) return_to_hot(position);
   const size_t row = size_t(shape_.heads) * shape_.head_size;
   for (Layer& layer : layers_) {
     for (Head& head : layer.heads) {
-      int kept = head.tokens;
-      while (kept > 0 && head.pages[(kept - 1) / kPageTokens]->positions()[(kept - 1) % kPageTokens] >= position) --kept;
+      const int kept = first_at(head, position);
       truncate(head, kept);
       head.committed = kept;
     }
@@ -142,14 +149,6 @@ void KVCache::forget_from(int position) {
     layer.observing = false;
   }
 }
-void KVCache::clear() {
-  for (Layer& layer : layers_) {
-    for (Head& head : layer.heads) head = Head();
-    layer.observed.clear();
-    layer.observed_positions.clear();
-  }
-}
-
 void KVCache::prepare_rope(const AttentionSettings& s, const int64_t* positions, int tokens, const float* frequencies) {
   const size_t half = size_t(s.rope_dims / 2);
   Workspace& w = work_;
@@ -190,117 +189,6 @@ void KVCache::observe(Layer& layer, const float* queries, int tokens) {
   layer.observed_positions.erase(layer.observed_positions.begin(), layer.observed_positions.begin() + dropped);
   layer.observed.insert(layer.observed.end(), queries + (tokens - fresh) * row, queries + tokens * row);
   layer.observed_positions.insert(layer.observed_positions.end(), work_.positions.end() - fresh, work_.positions.end());
-}
-
-void KVCache::attend(const AttentionSettings& s, const float* queries, const float* keys, const float* values,
-                     const int64_t* positions, int tokens, const float* frequencies, float* out,
-                     const Parallel& parallel) {
-  if (s.layer < 0 || s.layer >= shape_.layers) throw std::invalid_argument("the cache has no such layer");
-  if (s.rope_dims < 0 || s.rope_dims % 2 || s.rope_dims > shape_.head_size)
-    throw std::invalid_argument("rope_dims must be even and at most head_size");
-  if (tokens == 0) return;
-  Layer& layer = layers_[s.layer];
-  for (const Head& head : layer.heads)  // pages are skipped by their first and last position
-    if (head.tokens && head.pages[(head.tokens - 1) / kPageTokens]->positions()[(head.tokens - 1) % kPageTokens] > positions[0])
-      throw std::invalid_argument("positions must ascend: the cache holds later ones already");
-  prepare_rope(s, positions, tokens, frequencies);
-  const int D = shape_.head_size, KV = shape_.kv_heads, G = shape_.heads / KV, half = s.rope_dims / 2;
-  observe(layer, queries, tokens);
-  work_.queries.resize(size_t(tokens) * shape_.heads * D);
-  work_.row_positions.resize(size_t(tokens) * G);
-  for (int t = 0; t < tokens; ++t)
-    std::fill_n(work_.row_positions.begin() + size_t(t) * G, G, work_.positions[t]);
-
-  // Queries are rotated in slices of tokens, keys appended head by head.
-  constexpr int kSlice = 64;
-  const size_t slices = size_t(tokens + kSlice - 1) / kSlice;
-  parallel(slices + KV, [&](size_t task) {
-    if (task < size_t(KV)) {
-      append(layer.heads[task], keys + task * D, values + task * D, int64_t(KV) * D, work_.positions.data(), tokens,
-             work_.rope.data());
-      return;
-    }
-    const int first = int(task - KV) * kSlice, last = std::min(tokens, first + kSlice);
-    for (int t = first; t < last; ++t)
-      for (int h = 0; h < shape_.heads; ++h)
-        rotate(queries + (size_t(t) * shape_.heads + h) * D, work_.rope.data() + size_t(t) * 2 * half, half, D, s.scale,
-               work_.queries.data() + ((size_t(h / G) * tokens + t) * G + h % G) * D);
-  });
-  run_tasks(s, tokens, out, parallel);
-}
-
-void KVCache::run_tasks(const AttentionSettings& s, int tokens, float* out, const Parallel& parallel) {
-  const int D = shape_.head_size, KV = shape_.kv_heads, G = shape_.heads / KV, rows = tokens * G;
-  constexpr int kTaskRows = 96;
-  const int blocks = (rows + kTaskRows - 1) / kTaskRows;
-  const Layer& layer = layers_[s.layer];
-  std::vector<std::vector<PageView>> pages(KV);
-  int most_pages = 0;
-  for (int kv = 0; kv < KV; ++kv) {
-    const Head& head = layer.heads[kv];
-    for (size_t p = 0; p < head.pages.size(); ++p) {
-      const Page& page = *head.pages[p];
-      pages[kv].push_back({page.keys(), page.values(), page.positions(),
-                           std::min(kPageTokens, head.tokens - int(p) * kPageTokens)});
-    }
-    most_pages = std::max(most_pages, int(pages[kv].size()));
-  }
-  // Few rows (a decode step): the keys are split too, so that every core has work; at least 4 pages a task.
-  const int wanted = (4 * shape_.threads + KV * blocks - 1) / (KV * blocks);
-  const int splits = shape_.threads == 1 ? 1 : std::max(1, std::min(wanted, most_pages / 4));
-
-  Workspace& w = work_;
-  const size_t all_rows = size_t(splits) * KV * rows;
-  w.out.resize(all_rows * D);
-  w.maxima.resize(all_rows);
-  w.weights.resize(all_rows);
-  const Variant& variant = active_variant();
-  const size_t count = size_t(splits) * KV * blocks;
-  parallel(count, [&](size_t index) {
-    // Later rows see more keys: they go first, so that no core is left with the longest task.
-    const int block = blocks - 1 - int(index / (size_t(splits) * KV));
-    const int split = int(index % splits), kv = int(index / splits % KV);
-    const int first = block * kTaskRows, last = std::min(rows, first + kTaskRows);
-    const int all = int(pages[kv].size()), page_first = all * split / splits, page_last = all * (split + 1) / splits;
-    const size_t at = (size_t(split) * KV + kv) * rows + first;
-    AttentionTask task{};
-    task.queries = w.queries.data() + (size_t(kv) * rows + first) * D;
-    task.row_positions = w.row_positions.data() + first;
-    task.rows = last - first;
-    task.pages = pages[kv].data() + page_first;
-    task.pages_count = page_last - page_first;
-    task.head_size = D;
-    task.storage = shape_.storage;
-    task.softcap = s.softcap;
-    task.window = s.window;
-    task.out = w.out.data() + at * D;
-    task.maxima = w.maxima.data() + at;
-    task.weights = w.weights.data() + at;
-    task.normalize = splits == 1;
-    variant.attend(task);
-    if (splits > 1) return;
-    for (int row = first; row < last; ++row)  // [kv, token, group] -> [token, head]
-      std::memcpy(out + (size_t(row / G) * shape_.heads + kv * G + row % G) * D, task.out + size_t(row - first) * D,
-                  D * sizeof(float));
-  });
-  if (splits == 1) return;
-  for (int kv = 0; kv < KV; ++kv)  // merge the partial results by their log-sum-exp
-    for (int row = 0; row < rows; ++row) {
-      float* to = out + (size_t(row / G) * shape_.heads + kv * G + row % G) * D;
-      std::fill_n(to, D, 0.0f);
-      float peak = -std::numeric_limits<float>::infinity(), total = 0;
-      for (int split = 0; split < splits; ++split)
-        peak = std::max(peak, w.maxima[(size_t(split) * KV + kv) * rows + row]);
-      for (int split = 0; split < splits; ++split) {
-        const size_t at = (size_t(split) * KV + kv) * rows + row;
-        if (w.weights[at] <= 0) continue;
-        const float share = std::exp(w.maxima[at] - peak);
-        total += share * w.weights[at];
-        for (int d = 0; d < D; ++d) to[d] += share * w.out[at * D + d];
-      }
-      if (total > 0)
-        for (int d = 0; d < D; ++d) to[d] /= total;
-    }
 }
 
 namespace {
@@ -348,36 +236,131 @@ void KVCache::retain_layer(int layer, const int32_t* kept, int count) {
   for (size_t kv = 0; kv < heads.size(); ++kv) retain(layer, int(kv), kept + kv * count, count);
 }
 
+// --- The archive -----------------------------------------------------------------------------------------------------
+
+void KVCache::archive_until(int until, const float* block_scores, const Parallel& parallel) {
+  if (!archive_) throw std::invalid_argument("this KV cache has no archive");
+  const size_t scores = size_t(shape_.kv_heads) * std::max(until - archive_->end(), 0) / kBlockTokens;
+  try {
+    for (int layer = 0; layer < shape_.layers; ++layer)
+      archive_layer(layer, until, block_scores ? block_scores + layer * scores : nullptr, parallel);
+  } catch (...) {
+    archive_->trim();
+    throw;
+  }
+  archive_->finish_append(until);
+}
+
+void KVCache::archive_layer(int layer_index, int until, const float* block_scores, const Parallel& parallel) {
+  Layer& layer = layers_.at(layer_index);
+  const int D = shape_.head_size, half = int(layer.frequencies.size()), from = archive_->end();
+  const int tokens = until - from, blocks = tokens / kBlockTokens;
+  work_.table.prepare(layer.frequencies.data(), half, layer.attention_factor, until);
+  std::vector<Archive::Incoming> heads(layer.heads.size());
+  parallel(heads.size(), [&](size_t kv) {
+    const Head& head = layer.heads[kv];
+    Archive::Incoming& in = heads[kv];
+    const int first = first_at(head, from);
+    if (first + tokens > head.tokens || position_of(head, first) != from || position_of(head, first + tokens - 1) != until - 1)
+      throw std::logic_error("KVCache: what is to be archived is not hot");
+    in.keys.resize(size_t(tokens) * D);
+    in.values.resize(size_t(tokens) * D);
+    std::vector<int32_t> positions(tokens);
+    read_range(head, first, tokens, in.keys.data(), in.values.data(), positions.data());
+    std::vector<float> rope(2 * half), key(D);
+    const float undo = 1.0f / (layer.attention_factor * layer.attention_factor);
+    for (int t = 0; t < tokens; ++t) {
+      work_.table.at(positions[t], rope.data());
+      for (int i = 0; i < half; ++i) rope[half + i] = -rope[half + i];  // the rotation backwards
+      float* to = in.keys.data() + size_t(t) * D;
+      std::copy_n(to, D, key.begin());
+      rotate(key.data(), rope.data(), half, D, 1.0f, to);
+      for (int i = 0; i < 2 * half; ++i) to[i] *= undo;
+    }
+    if (block_scores) in.block_scores.assign(block_scores + kv * blocks, block_scores + (kv + 1) * blocks);
+  });
+  archive_->append_layer(layer_index, heads, until, work_.table, parallel);
+}
+
+void KVCache::drop_archived() {
+  std::vector<int32_t> kept;
+  for (int layer = 0; layer < shape_.layers; ++layer)
+    for (int kv = 0; kv < shape_.kv_heads; ++kv) {
+      Head& head = layers_[layer].heads[kv];
+      const int first = first_at(head, archived_until());
+      if (first % kPageTokens == 0) {  // whole pages: nothing moves, and nothing is copied that a fork shares
+        head.pages.erase(head.pages.begin(), head.pages.begin() + first / kPageTokens);
+        head.committed = head.tokens -= first;
+        continue;
+      }
+      kept.resize(head.tokens - first);
+      for (size_t i = 0; i < kept.size(); ++i) kept[i] = first + int(i);
+      retain(layer, kv, kept.data(), int(kept.size()));
+    }
+}
+
+// Forgets what the archive has from `position` on, and takes the window before it back into the hot tier.
+void KVCache::return_to_hot(int position) {
+  const ArchiveSettings& settings = archive_->settings();
+  int from = std::max(0, position - settings.window) / kCellTokens * kCellTokens;
+  if (from < settings.sinks) from = 0;
+  const int D = shape_.head_size, tokens = archive_->end() - from, used = position - from;
+  std::vector<float> keys(size_t(tokens) * D), values(size_t(tokens) * D), rope;
+  std::vector<int32_t> positions(used);
+  for (int i = 0; i < used; ++i) positions[i] = from + i;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = layers_[l];
+    const int half = int(layer.frequencies.size());
+    rope.resize(size_t(used) * 2 * half);
+    for (int i = 0; i < used; ++i)
+      rope_at(positions[i], layer.frequencies, layer.attention_factor, rope.data() + size_t(i) * 2 * half);
+    for (size_t kv = 0; kv < layer.heads.size(); ++kv) {
+      Head& head = layer.heads[kv];
+      archive_->read(int(l), int(kv), from, keys.data(), values.data());
+      truncate(head, first_at(head, from));
+      append(head, keys.data(), values.data(), D, positions.data(), used, rope.data(), half);
+      head.committed = head.tokens;
+    }
+  }
+  archive_->truncate(from);
+}
+
 int KVCache::tokens(int layer, int kv_head) const { return layers_.at(layer).heads.at(kv_head).tokens; }
 
 namespace {
-// A page's tokens as floats [tokens, D], keys out of their channel-major tiles.
+// A page's tokens from `slot` on as floats [tokens, D], keys out of their channel-major tiles.
 template <class T, class Convert>
-void copy_page(const Page& page, int tokens, int head_size, Convert convert, float* keys, float* values) {
+void copy_page(const Page& page, int slot, int tokens, int head_size, Convert convert, float* keys, float* values) {
   const T* from = static_cast<const T*>(page.keys());
-  for (int first = 0; first < tokens; first += kTileTokens, from += kTileTokens * head_size)
-    for (int t = 0, n = std::min(kTileTokens, tokens - first); t < n; ++t)
-      for (int d = 0; d < head_size; ++d)
-        keys[size_t(first + t) * head_size + d] = convert(from[d * kTileTokens + t]);
-  const T* value = static_cast<const T*>(page.values());
+  for (int t = 0; t < tokens; ++t)
+    for (int d = 0; d < head_size; ++d)
+      keys[size_t(t) * head_size + d] = convert(from[key_index(slot + t, d, head_size)]);
+  const T* value = static_cast<const T*>(page.values()) + size_t(slot) * head_size;
   for (size_t i = 0; i < size_t(tokens) * head_size; ++i) values[i] = convert(value[i]);
 }
 }  // namespace
+
+// Tokens first .. first + count of a head, keys after RoPE.
+void KVCache::read_range(const Head& head, int first, int count, float* keys, float* values, int32_t* positions) const {
+  const int D = shape_.head_size;
+  for (int done = 0; done < count;) {
+    const int slot = (first + done) % kPageTokens, n = std::min(kPageTokens - slot, count - done);
+    const Page& page = *head.pages[(first + done) / kPageTokens];
+    std::copy_n(page.positions() + slot, n, positions + done);
+    float *to_keys = keys + size_t(done) * D, *to_values = values + size_t(done) * D;
+    if (shape_.storage == Storage::kFloat32)
+      copy_page<float>(page, slot, n, D, [](float x) { return x; }, to_keys, to_values);
+    else
+      copy_page<uint16_t>(page, slot, n, D, from_bf16, to_keys, to_values);
+    done += n;
+  }
+}
 
 void KVCache::read(int layer, int kv_head, bool rotated, float* keys, float* values, int32_t* positions) const {
   const Layer& l = layers_.at(layer);
   const Head& head = l.heads.at(kv_head);
   const int D = shape_.head_size, half = int(l.frequencies.size());
-  for (int first = 0; first < head.tokens; first += kPageTokens) {
-    const Page& page = *head.pages[first / kPageTokens];
-    const int n = std::min(kPageTokens, head.tokens - first);
-    std::copy_n(page.positions(), n, positions + first);
-    float *to_keys = keys + size_t(first) * D, *to_values = values + size_t(first) * D;
-    if (shape_.storage == Storage::kFloat32)
-      copy_page<float>(page, n, D, [](float x) { return x; }, to_keys, to_values);
-    else
-      copy_page<uint16_t>(page, n, D, from_bf16, to_keys, to_values);
-  }
+  read_range(head, 0, head.tokens, keys, values, positions);
   if (rotated) return;
   std::vector<float> rope(2 * half), key(D);
   const float undo = 1.0f / (l.attention_factor * l.attention_factor);

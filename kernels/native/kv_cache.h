@@ -1,4 +1,4 @@
-// The hot tier of the KV cache: what a conversation remembers, page by page, for each layer and KV head.
+// What a conversation remembers for each layer and KV head: hot pages, and the archive of what left them.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "archive.h"
 #include "page_pool.h"
 #include "parallel.h"
 #include "variant.h"
@@ -18,6 +19,7 @@ struct CacheShape {
   int threads;           // how many ways to split a single token's work
   int observed_queries;  // the last so many queries of each chunk are kept for the scorers (0: none)
   size_t limit_bytes;    // of pages; 0: no limit
+  std::shared_ptr<const ArchiveSettings> archive;  // null: what leaves the hot tier is forgotten
 };
 
 struct AttentionSettings {
@@ -42,7 +44,13 @@ class KVCache {
   void commit();    // what the last graph run appended is part of the conversation
   void rollback();  // it is not: forget it (a run that was cancelled or failed half-way)
   void forget_from(int position);  // and neither is anything at this position or later
-  void clear();
+
+  // Stores all pairs before `until` (a multiple of 64) in the archive: all layers, or, when it fails, none.
+  // block_scores [layers, kv_heads, blocks] ranks the blocks of each cell, for codecs of mixed precision; may be null.
+  void archive_until(int until, const float* block_scores, const Parallel&);
+  int archived_until() const { return archive_ ? archive_->end() : 0; }
+  void drop_archived();  // forgets in the hot tier what the archive has
+  const Archive* archive() const { return archive_.get(); }
 
   // Keeps the tokens kept[kv_head][0..count) (ascending indices) of a layer and forgets the others.
   void retain(int layer, int kv_head, const int32_t* kept, int count);
@@ -77,19 +85,33 @@ class KVCache {
     bool observing = false;  // a run that is neither committed nor rolled back has added to them
   };
 
-  KVCache(const KVCache&) = default;
+  friend class CacheState;
+  KVCache(const KVCache& other);
+  void archive_layer(int layer, int until, const float* block_scores, const Parallel&);
+  void return_to_hot(int position);
   int prepare_retain(Head&, const int32_t* kept, int count);
   Page& writable(Head&, int page);
   void truncate(Head&, int tokens);
   void append(Head&, const float* keys, const float* values, int64_t stride, const int32_t* positions, int tokens,
-              const float* rope);
+              const float* rope, int half);
+  static int32_t position_of(const Head&, int token);
+  static int first_at(const Head&, int position);
+  void read_range(const Head&, int first, int count, float* keys, float* values, int32_t* positions) const;
   void prepare_rope(const AttentionSettings&, const int64_t* positions, int tokens, const float* frequencies);
   void observe(Layer&, const float* queries, int tokens);
-  void run_tasks(const AttentionSettings&, int tokens, float* out, const Parallel&);
+  int splits_for(int rows, bool recall) const;
+  AttentionTask task_of(const AttentionSettings&, int kv, int split, int first_row, int last_row, int rows);
+  void copy_rows(const AttentionTask&, int kv, int first_row, float* out) const;
+  void attend_hot(const AttentionSettings&, int tokens, int splits, bool more_follows, float* out, const Parallel&);
+  void prepare_archive_rope(const AttentionSettings&, int last);
+  void choose_blocks(const AttentionSettings&, int tokens, int splits, const Parallel&);
+  void attend_recalled(const AttentionSettings&, int tokens, int splits, float* out, const Parallel&);
+  void merge(int splits, int tokens, float* out) const;
 
   CacheShape shape_;
   std::shared_ptr<PagePool> pool_;
   std::vector<Layer> layers_;
+  std::unique_ptr<Archive> archive_;
 
   // Working memory of one call, kept from call to call.
   struct Workspace {
@@ -100,6 +122,11 @@ class KVCache {
     std::vector<float> queries;         // [kv_heads, tokens * group, D], after RoPE and scale
     std::vector<int32_t> row_positions;  // [tokens * group]
     std::vector<float> out, maxima, weights;  // of every task
+    RopeTable table;                    // for archived blocks
+    std::vector<float> page_ropes;      // [digest pages, rope_dims] as seen from
+    int page_ropes_last = -1;           // this position, with these
+    float page_ropes_factor = 0;
+    std::vector<float> page_ropes_frequencies;
   };
   Workspace work_;
 };

@@ -73,6 +73,33 @@ Storage parse_storage(const std::string& name) {
   throw std::invalid_argument("KV storage '" + name + "' is not one of fp32, bf16");
 }
 
+Codec parse_codec(const py::handle& numbers) {
+  const auto t = numbers.cast<std::tuple<int, int, bool, int>>();
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+// From a dict with the fields' names; codecs as (key_bits, value_bits, nonuniform, outliers).
+std::shared_ptr<const ArchiveSettings> archive_settings(const py::dict& d) {
+  auto s = std::make_shared<ArchiveSettings>();
+  for (const auto& [key, value] : d) {
+    const auto name = key.cast<std::string>();
+    if (name == "high") s->high = parse_codec(value);
+    else if (name == "low") s->low = parse_codec(value);
+    else if (name == "digest") s->retriever.digest = Digest(value.cast<int>());
+    else if (name == "channels") s->retriever.channels = value.cast<int>();
+    else if (name == "sinks") s->sinks = value.cast<int>();
+    else if (name == "recall_tokens") s->recall_tokens = value.cast<int>();
+    else if (name == "recall_every") s->recall_every = value.cast<int>();
+    else if (name == "window") s->window = value.cast<int>();
+    else if (name == "reach") s->reach = value.cast<int>();
+    else if (name == "warm_limit_bytes") s->warm_limit_bytes = value.cast<uint64_t>();
+    else if (name == "cold_folder") s->cold_folder = value.cast<std::string>();
+    else if (name == "cold_limit_bytes") s->cold_limit_bytes = value.cast<uint64_t>();
+    else throw std::invalid_argument("the archive has no setting " + name);
+  }
+  return s;
+}
+
 PackedMatrix packed_matrix(const Array<uint8_t>& data, int64_t outputs, int64_t inputs, int bits, int block,
                            bool has_min, float multiplier) {
   PackedMatrix w{data.data(), outputs, inputs, bits, block, has_min, multiplier};
@@ -143,14 +170,14 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<CacheHandle>(m, "KVCache")
       .def(py::init([](int layers, int heads, int kv_heads, int head_size, const std::string& storage, int thread_count,
-                       int observed_queries, size_t limit_bytes) {
+                       int observed_queries, size_t limit_bytes, const std::optional<py::dict>& archive) {
              return std::make_unique<CacheHandle>(std::make_shared<KVCache>(CacheShape{
                  layers, heads, kv_heads, head_size, parse_storage(storage), thread_count, observed_queries,
-                 limit_bytes}));
+                 limit_bytes, archive ? archive_settings(*archive) : nullptr}));
            }),
            py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"),
            py::arg("storage") = "fp32", py::arg("threads") = 1, py::arg("observed_queries") = 0,
-           py::arg("limit_bytes") = 0)
+           py::arg("limit_bytes") = 0, py::arg("archive") = py::none())
       .def_property_readonly("handle", &CacheHandle::id)
       .def_property_readonly("closed", &CacheHandle::closed)
       .def("close", &CacheHandle::close)
@@ -161,7 +188,48 @@ PYBIND11_MODULE(_native, m) {
       .def("rollback", [](CacheHandle& self) { self.get().rollback(); })
       .def("forget_from", [](CacheHandle& self, int position) { self.get().forget_from(position); },
            py::arg("position"), "Forgets every token at this position or later, committed or not.")
-      .def("clear", [](CacheHandle& self) { self.get().clear(); })
+      .def_property_readonly("archived_until", [](const CacheHandle& self) { return self.get().archived_until(); })
+      .def("archive", [](CacheHandle& self, int until, const std::optional<Array<float>>& block_scores, int thread_count) {
+        const std::shared_ptr<KVCache> cache = self.shared();
+        const CacheShape& s = cache->shape();
+        const int blocks = (until - cache->archived_until()) / kBlockTokens;
+        expect(!block_scores || (block_scores->ndim() == 3 && block_scores->shape(0) == s.layers &&
+                                 block_scores->shape(1) == s.kv_heads && block_scores->shape(2) == blocks),
+               "block_scores must be [layers, kv_heads, blocks]");
+        const float* scores = block_scores ? block_scores->data() : nullptr;
+        py::gil_scoped_release release;
+        cache->archive_until(until, scores, threads(thread_count));
+      }, py::arg("until"), py::arg("block_scores") = py::none(), py::arg("threads") = 1,
+         "Stores all pairs before `until` (a multiple of 64) in the archive; they stay hot until drop_archived().")
+      .def("drop_archived", [](CacheHandle& self) { self.get().drop_archived(); },
+           "Forgets in the hot tier what the archive has.")
+      .def("archive_usage", [](const CacheHandle& self) {
+        py::dict usage;
+        const Archive* a = self.get().archive();
+        usage["sink_bytes"] = a ? a->sink_bytes() : 0;
+        usage["recalled_bytes"] = a ? a->recalled_bytes() : 0;
+        usage["digest_bytes"] = a ? a->digest_bytes() : 0;
+        usage["warm_bytes"] = a ? a->warm_bytes() : 0;
+        usage["cold_bytes"] = a ? a->cold_bytes() : 0;
+        usage["lost_tokens"] = a ? a->lost_tokens() : 0;
+        usage["flash_bytes_read"] = a ? a->flash_bytes_read() : 0;
+        return usage;
+      })
+      .def("recalled", [](const CacheHandle& self, int layer, int kv_head) {
+        const Archive* a = self.get().archive();
+        expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
+               "no such archive");
+        return a->recalled(layer, kv_head).blocks;
+      }, py::arg("layer"), py::arg("kv_head"), "Blocks (of 16 tokens) that attention reads from the archive now.")
+      .def("read_archive", [](const CacheHandle& self, int layer, int kv_head) {
+        const Archive* a = self.get().archive();
+        expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
+               "no such archive");
+        const py::ssize_t n = a->end(), d = self.get().shape().head_size;
+        py::array_t<float> keys({n, d}), values({n, d});
+        a->read(layer, kv_head, 0, keys.mutable_data(), values.mutable_data());
+        return py::make_tuple(keys, values);
+      }, py::arg("layer"), py::arg("kv_head"), "(keys before RoPE [n, D], values [n, D]) of positions 0 .. n, decoded.")
       .def("tokens", [](const CacheHandle& self, int layer, int kv_head) { return self.get().tokens(layer, kv_head); },
            py::arg("layer"), py::arg("kv_head"))
       .def_property_readonly("bytes", [](const CacheHandle& self) { return self.get().bytes(); })

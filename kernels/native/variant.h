@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "codec.h"
+#include "retriever.h"
+#include "rope_table.h"
+
 namespace satchel {
 
 constexpr int kPageTokens = 64;  // tokens of a cache page: 4 key tiles; 16 KB of float keys at head size 64 (half an L1)
@@ -49,13 +53,25 @@ struct PageView {
   int tokens;
 };
 
-// Attention of a range of query rows of one KV head over some of its pages.
+// One archived block as attention reads it: decoded and rotated in the kernel.
+struct StoredBlock {
+  const uint8_t* data;
+  const BlockFormat* format;
+  int32_t position;      // of its first token, as attention is to see it
+  uint16_t hidden;       // bit t: token t is attended elsewhere, or there is none
+  const uint8_t* order;  // distances of its 16 tokens from `position`, below 256; null: 0 .. 15
+};
+
+// Attention of a range of query rows of one KV head over some of its pages and archived blocks.
 struct AttentionTask {
   const float* queries;         // [rows, D], after RoPE and scale
   const int32_t* row_positions;  // [rows], ascending
   int rows;
   const PageView* pages;
   int pages_count;
+  const StoredBlock* blocks;  // all of them before every row
+  int blocks_count;
+  RopeView rope;  // for the blocks' keys
   int head_size;
   Storage storage;
   float softcap;  // 0: none
@@ -63,6 +79,7 @@ struct AttentionTask {
   float* out;       // [rows, D]: the weighted sum of values, divided by its weight when `normalize`
   float* maxima;    // [rows] largest logit seen (-inf: none), and
   float* weights;   // [rows] sum of exp(logit - maximum)
+  bool resume;  // out, maxima and weights hold what was seen before
   bool normalize;
 };
 
@@ -74,6 +91,8 @@ struct Variant {
                  int64_t last_panel);
   void (*embed)(const PackedMatrix&, int64_t row, float* out);  // one row of the matrix, [inputs]
   void (*attend)(const AttentionTask&);
+  void (*decode_block)(const BlockFormat&, const uint8_t* block, float* keys, float* values);  // [D][16], [16][D]
+  void (*score)(const ScoreTask&);
   void (*swiglu)(const float* gate, const float* up, float* out, size_t count);
 };
 

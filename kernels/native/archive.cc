@@ -1,0 +1,375 @@
+#include "archive.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "rotate.h"
+
+namespace satchel {
+
+namespace {
+const Codec kHalf{};  // 16 bits
+
+}  // namespace
+
+Archive::Archive(const ArchiveSettings& settings, int layers, int kv_heads, int head_size)
+    : settings_(settings), head_size_(head_size) {
+  if (!settings.high.known() || !settings.low.known()) throw std::invalid_argument("Archive: unknown codec");
+  if (settings.sinks % kBlockTokens || settings.recall_tokens % kBlockTokens || settings.sinks < 0 ||
+      settings.recall_tokens < 0 || settings.recall_every < 1)
+    throw std::invalid_argument("Archive: sinks and recall_tokens must be multiples of 16");
+  high_bytes_ = block_bytes(settings.high, head_size);
+  low_bytes_ = block_bytes(settings.low, head_size);
+  half_bytes_ = block_bytes(kHalf, head_size);
+  cell_bytes_ = high_bytes_ + (kCellBlocks - 1) * low_bytes_;
+  layers_.resize(layers);
+  for (Layer& layer : layers_) layer.heads.resize(kv_heads);
+}
+
+const Extent& Archive::extent_of(const Layer& layer, int cell) const {
+  auto after = std::upper_bound(layer.extents.begin(), layer.extents.end(), cell,
+                                [](int c, const std::shared_ptr<Extent>& e) { return c < e->first_cell; });
+  return **(after - 1);
+}
+
+size_t Archive::block_at(const Head& h, int block) const {
+  const int inside = block % kCellBlocks, high = h.high_of_cell[block / kCellBlocks];
+  return inside * low_bytes_ + (high < inside ? high_bytes_ - low_bytes_ : 0);
+}
+
+void Archive::calibrate_head(Head& h, const Incoming& in, const RopeTable& rope) {
+  const int D = head_size_, tokens = int(in.keys.size()) / D;
+  // The sinks are unlike all other keys: statistics come from what follows, when there is anything.
+  const int from = settings_.sinks < tokens ? settings_.sinks : 0;
+  const Codec& codec = settings_.low.key_bits < 16 ? settings_.low : settings_.high;
+  auto statistics = std::make_shared<HeadStatistics>(
+      calibrate(codec, D, in.keys.data() + size_t(from) * D, in.values.data() + size_t(from) * D, tokens - from));
+  h.high = {settings_.high, statistics.get(), D};
+  h.low = {settings_.low, statistics.get(), D};
+  h.half = {kHalf, statistics.get(), D};
+  h.statistics = std::move(statistics);
+  auto basis = std::make_shared<DigestBasis>();
+  if (settings_.retriever.digest == Digest::kMean) {
+    std::vector<float> mean(D), row(2 * rope.half()), turned(D);
+    for (int t = from; t < tokens; ++t)
+      for (int d = 0; d < D; ++d) mean[d] += in.keys[size_t(t) * D + d] / float(tokens - from);
+    basis->center.assign(size_t(kDigestBlocks) * D, 0);
+    for (int t = 0; t < kDigestTokens; ++t) {
+      rope.at(t, row.data());
+      rotate(mean.data(), row.data(), rope.half(), D, 1.0f, turned.data());
+      for (int d = 0; d < D; ++d) basis->center[size_t(d) * kDigestBlocks + t / kBlockTokens] += turned[d] / kBlockTokens;
+    }
+  }
+  if (settings_.retriever.digest == Digest::kChannels) {  // the pairs of channels where the keys are largest
+    const int half = D / 2;
+    std::vector<float> energy(half);
+    for (int t = from; t < tokens; ++t)
+      for (int i = 0; i < half; ++i) {
+        const float a = in.keys[size_t(t) * D + i], b = in.keys[size_t(t) * D + half + i];
+        energy[i] += a * a + b * b;
+      }
+    std::vector<int32_t> all(half);
+    for (int i = 0; i < half; ++i) all[i] = i;
+    std::stable_sort(all.begin(), all.end(), [&](int a, int b) { return energy[a] > energy[b]; });
+    all.resize(std::min(half, std::max(1, settings_.retriever.channels)));
+    std::sort(all.begin(), all.end());
+    basis->pairs = std::move(all);
+  }
+  h.basis = std::move(basis);
+}
+
+void Archive::append_head(Head& h, const Incoming& in, int cells, uint8_t* out, const RopeTable& rope) {
+  const int D = head_size_;
+  const size_t block_values = size_t(kBlockTokens) * D, digest_bytes = digest_page_bytes(settings_.retriever, D);
+  std::vector<float> framed(block_values), row(2 * rope.half());
+  for (int cell = 0; cell < cells; ++cell) {
+    int best = 0;
+    if (!in.block_scores.empty()) {
+      const float* scores = in.block_scores.data() + size_t(cell) * kCellBlocks;
+      best = int(std::max_element(scores, scores + kCellBlocks) - scores);
+    }
+    h.high_of_cell.push_back(uint8_t(best));
+    for (int b = 0; b < kCellBlocks; ++b) {
+      const int block = (cells_ + cell) * kCellBlocks + b, page = block / kDigestBlocks;
+      const size_t at = size_t(cell * kCellBlocks + b) * block_values;
+      const float *keys = in.keys.data() + at, *values = in.values.data() + at;
+      uint8_t* to = out + cell * cell_bytes_ + block_at(h, block);
+      encode_block(b == best ? settings_.high : settings_.low, *h.statistics, D, keys, values, to);
+      if (!digest_bytes) continue;
+      if (page == int(h.tiles.size())) {
+        h.tiles.push_back(std::make_shared<DigestTile>());
+        h.tiles.back()->data.assign(digest_bytes, 0);
+      } else if (h.tiles[page].use_count() > 1) {  // shared with a fork
+        h.tiles[page] = std::make_shared<DigestTile>(*h.tiles[page]);
+      }
+      for (int t = 0; t < kBlockTokens; ++t) {
+        rope.at(block % kDigestBlocks * kBlockTokens + t, row.data());
+        rotate(keys + size_t(t) * D, row.data(), rope.half(), D, 1.0f, framed.data() + size_t(t) * D);
+      }
+      write_digest(settings_.retriever, *h.basis, D, block % kDigestBlocks, framed.data(), h.tiles[page]->data.data());
+    }
+  }
+}
+
+void Archive::append_layer(int layer_index, const std::vector<Incoming>& heads, int until, const RopeTable& rope,
+                           const Parallel& parallel) {
+  Layer& layer = layers_[layer_index];
+  const int D = head_size_, cells = (until - end_) / kCellTokens;
+  if (cells <= 0 || until % kCellTokens || until < settings_.sinks)
+    throw std::invalid_argument("Archive: pairs come in whole cells, the first with all sinks");
+  auto extent = std::make_shared<Extent>();
+  extent->first_cell = cells_;
+  extent->cells = cells;
+  extent->memory.reset(new uint8_t[heads.size() * cells * cell_bytes_]);
+  parallel(heads.size(), [&](size_t kv) {
+    Head& h = layer.heads[kv];
+    const Incoming& in = heads[kv];
+    if (!h.statistics) calibrate_head(h, in, rope);
+    if (end_ == 0) {
+      h.sinks.resize(settings_.sinks / kBlockTokens * half_bytes_);
+      for (int b = 0; b < settings_.sinks / kBlockTokens; ++b)
+        encode_block(kHalf, *h.statistics, D, in.keys.data() + size_t(b) * kBlockTokens * D,
+                     in.values.data() + size_t(b) * kBlockTokens * D, h.sinks.data() + b * half_bytes_);
+    }
+    append_head(h, in, cells, extent->memory.get() + kv * cells * cell_bytes_, rope);
+  });
+  layer.extents.push_back(std::move(extent));
+  spill();
+}
+
+void Archive::finish_append(int until) {
+  cells_ = until / kCellTokens;
+  end_ = until;
+}
+
+// Moves extents to the file until memory is below its limit, the oldest first. What the disk has no room for is lost:
+// the conversation goes on without it.
+void Archive::spill() {
+  const size_t cell = layers_[0].heads.size() * cell_bytes_;
+  uint64_t warm = warm_bytes();
+  for (size_t index = 0; warm > settings_.warm_limit_bytes; ++index) {
+    bool any = false;
+    for (Layer& layer : layers_) {
+      if (index >= layer.extents.size()) continue;
+      any = true;
+      Extent& extent = *layer.extents[index];
+      if (!extent.memory || warm <= settings_.warm_limit_bytes) continue;
+      const size_t bytes = extent.cells * cell;
+      if (!file_ && !settings_.cold_folder.empty())
+        file_ = std::make_shared<FlashFile>(settings_.cold_folder, settings_.cold_limit_bytes);
+      const int64_t at = file_ ? file_->append(extent.memory.get(), bytes) : -1;
+      if (at >= 0) {
+        extent.offset = uint64_t(at);
+        extent.file = file_;
+      }
+      extent.memory.reset();
+      warm -= bytes;
+    }
+    if (!any) break;
+  }
+}
+
+void Archive::truncate(int until) {
+  if (until >= end_) return;
+  cells_ = until < settings_.sinks ? 0 : until / kCellTokens;
+  end_ = cells_ * kCellTokens;
+  trim();
+}
+
+void Archive::trim() {
+  for (Layer& layer : layers_) {
+    while (!layer.extents.empty() && layer.extents.back()->first_cell >= cells_) layer.extents.pop_back();
+    if (!layer.extents.empty()) {
+      std::shared_ptr<Extent>& tail = layer.extents.back();
+      if (tail->first_cell + tail->cells > cells_) {  // a part of it stays: the rest of its bytes is passed over
+        auto part = std::make_shared<Extent>();
+        const int kept = cells_ - tail->first_cell;
+        part->first_cell = tail->first_cell;
+        part->cells = kept;
+        const size_t row = kept * cell_bytes_;
+        part->memory.reset(new uint8_t[layer.heads.size() * row]);
+        for (size_t kv = 0; kv < layer.heads.size() && !tail->lost(); ++kv) {
+          const uint64_t from = kv * tail->cells * cell_bytes_;
+          if (tail->memory)
+            std::memcpy(part->memory.get() + kv * row, tail->memory.get() + from, row);
+          else
+            tail->file->read(part->memory.get() + kv * row, row, tail->offset + from);
+        }
+        if (tail->lost()) part->memory.reset();
+        tail = std::move(part);
+      }
+    }
+    for (Head& h : layer.heads) {
+      h.high_of_cell.resize(cells_);
+      h.tiles.resize(std::min(h.tiles.size(), size_t(pages())));
+      h.recalled = Recalled();
+      if (end_ == 0) h.sinks.clear();
+    }
+    layer.chosen_at = -1;
+  }
+}
+
+void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, uint8_t* out) const {
+  const int cell = block / kCellBlocks;
+  const Extent& extent = extent_of(layer, cell);
+  const uint64_t at =
+      (uint64_t(kv_head) * extent.cells + (cell - extent.first_cell)) * cell_bytes_ + block_at(h, block);
+  if (extent.memory)
+    std::memcpy(out, extent.memory.get() + at, bytes_of(h, block));
+  else if (extent.file)
+    extent.file->read(out, bytes_of(h, block), extent.offset + at);
+  else
+    throw std::runtime_error("a block of the KV archive was lost: there was no room for it");
+}
+
+void Archive::read(int layer_index, int kv_head, int from, float* keys, float* values) const {
+  const Layer& layer = layers_[layer_index];
+  const Head& h = layer.heads[kv_head];
+  const int D = head_size_;
+  std::vector<uint8_t> bytes(std::max({high_bytes_, low_bytes_, half_bytes_}));
+  std::vector<float> k(size_t(kBlockTokens) * D), v(size_t(kBlockTokens) * D);
+  for (int position = from; position < end_; position += kBlockTokens) {
+    const uint8_t* data = bytes.data();
+    const BlockFormat* format = &h.half;
+    if (position < settings_.sinks) {
+      data = h.sinks.data() + position / kBlockTokens * half_bytes_;
+    } else {
+      const int block = position / kBlockTokens;
+      if (extent_of(layer, block / kCellBlocks).lost())
+        std::fill(bytes.begin(), bytes.end(), uint8_t(0));
+      else
+        fetch(layer, h, kv_head, block, bytes.data());
+      format = is_high(h, block) ? &h.high : &h.low;
+    }
+    active_variant().decode_block(*format, data, k.data(), v.data());
+    for (int t = 0; t < kBlockTokens; ++t) {
+      float *to_keys = keys + size_t(position + t - from) * D, *to_values = values + size_t(position + t - from) * D;
+      for (int d = 0; d < D; ++d) to_keys[d] = k[size_t(d) * kBlockTokens + t];
+      std::copy_n(v.data() + size_t(t) * D, D, to_values);
+    }
+  }
+}
+
+int32_t Archive::seen_position(int page, int32_t last) const {
+  const int32_t from = settings_.reach ? std::max(0, last + 1 - settings_.reach) + settings_.sinks : 0;
+  return std::max(page * kDigestTokens, from);
+}
+
+void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, int half,
+                      std::vector<DigestPage>& out) const {
+  const Head& h = head(layer, kv_head);
+  out.clear();
+  for (int page = 0; page < int(h.tiles.size()); ++page)
+    out.push_back({h.tiles[page]->data.data(), ropes.data() + size_t(page) * 2 * half,
+                   std::min(kDigestBlocks, blocks() - page * kDigestBlocks)});
+}
+
+bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }
+
+void Archive::recall(int layer_index, int kv_head, const std::vector<int32_t>& chosen) {
+  const Layer& layer = layers_[layer_index];
+  Head& h = head(layer_index, kv_head);
+  if (h.recalled.blocks == chosen) return;
+  Recalled now;
+  now.blocks = chosen;
+  size_t cold = 0;
+  for (int32_t block : chosen) {
+    const bool in_place = extent_of(layer, block / kCellBlocks).memory != nullptr;
+    now.at.push_back(in_place ? -1 : int32_t(cold));
+    if (!in_place) cold += bytes_of(h, block);
+  }
+  now.bytes.resize(cold);
+  const Recalled& before = h.recalled;
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    if (now.at[i] < 0) continue;
+    const auto held = std::lower_bound(before.blocks.begin(), before.blocks.end(), chosen[i]);
+    const size_t j = size_t(held - before.blocks.begin());
+    if (held != before.blocks.end() && *held == chosen[i] && before.at[j] >= 0)
+      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, chosen[i]));
+    else
+      fetch(layer, h, kv_head, chosen[i], now.bytes.data() + now.at[i]);
+  }
+  h.recalled = std::move(now);
+}
+
+void Archive::expect(int layer_index) const {
+  const Layer& layer = layers_[layer_index];
+  for (size_t kv = 0; kv < layer.heads.size(); ++kv)
+    for (int32_t block : layer.heads[kv].recalled.blocks) {
+      const int cell = block / kCellBlocks;
+      const Extent& extent = extent_of(layer, cell);
+      if (extent.file)
+        extent.file->expect(extent.offset + (kv * extent.cells + (cell - extent.first_cell)) * cell_bytes_, cell_bytes_);
+    }
+}
+
+void Archive::attended(int layer_index, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
+                       std::vector<StoredBlock>& out) const {
+  const Layer& layer = layers_[layer_index];
+  const Head& h = layer.heads[kv_head];
+  int32_t next = settings_.reach ? std::max(0, last + 1 - settings_.reach) : 0;
+  out.clear();
+  for (int at = 0; at < settings_.sinks; at += kBlockTokens, next += kBlockTokens)
+    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, next, 0, nullptr});
+  for (size_t i = 0; i < h.recalled.blocks.size(); ++i) {
+    const int block = h.recalled.blocks[i], position = block * kBlockTokens;
+    uint16_t hidden = 0;
+    for (auto p = std::lower_bound(hot_positions.begin(), hot_positions.end(), position);
+         p != hot_positions.end() && *p < position + kBlockTokens; ++p)
+      hidden |= uint16_t(1) << (*p - position);
+    const uint8_t* data = h.recalled.bytes.data() + h.recalled.at[i];
+    if (h.recalled.at[i] < 0) {
+      const int cell = block / kCellBlocks;
+      const Extent& extent = extent_of(layer, cell);
+      data = extent.memory.get() + (size_t(kv_head) * extent.cells + (cell - extent.first_cell)) * cell_bytes_ +
+             block_at(h, block);
+    }
+    next = std::max(next, position);
+    out.push_back({data, is_high(h, block) ? &h.high : &h.low, next, hidden, nullptr});
+    next += kBlockTokens;
+  }
+}
+
+size_t Archive::sink_bytes() const {
+  size_t bytes = 0;
+  for (const Layer& layer : layers_)
+    for (const Head& h : layer.heads) bytes += h.sinks.size();
+  return bytes;
+}
+size_t Archive::recalled_bytes() const {
+  size_t bytes = 0;
+  for (const Layer& layer : layers_)
+    for (const Head& h : layer.heads) bytes += h.recalled.bytes.size();
+  return bytes;
+}
+size_t Archive::digest_bytes() const {
+  size_t bytes = 0;
+  for (const Layer& layer : layers_)
+    for (const Head& h : layer.heads)
+      for (const auto& tile : h.tiles) bytes += tile->data.size() + tile->order.size();
+  return bytes;
+}
+uint64_t Archive::warm_bytes() const {
+  uint64_t cells = 0;
+  for (const Layer& layer : layers_)
+    for (const auto& extent : layer.extents) cells += extent->memory ? extent->cells : 0;
+  return cells * layers_[0].heads.size() * cell_bytes_;
+}
+uint64_t Archive::cold_bytes() const {
+  uint64_t cells = 0;
+  for (const Layer& layer : layers_)
+    for (const auto& extent : layer.extents) cells += extent->file ? extent->cells : 0;
+  return cells * layers_[0].heads.size() * cell_bytes_;
+}
+uint64_t Archive::lost_tokens() const {
+  uint64_t most = 0;
+  for (const Layer& layer : layers_) {
+    uint64_t cells = 0;
+    for (const auto& extent : layer.extents) cells += extent->lost() ? extent->cells : 0;
+    most = std::max(most, cells * kCellTokens);
+  }
+  return most;
+}
+
+}  // namespace satchel
