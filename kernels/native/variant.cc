@@ -1,5 +1,6 @@
 // Compiled once per instruction set (setup.py gives the flags and SATCHEL_VARIANT); dispatch.cc chooses at run time.
 #include "attention_kernel.h"
+#include "codec_kernel.h"
 #include "linear_kernel.h"
 
 #define SATCHEL_JOIN2(a, b) a##b
@@ -9,6 +10,6 @@
 
 namespace satchel {
 extern const Variant SATCHEL_JOIN(variant_, SATCHEL_VARIANT);
-const Variant SATCHEL_JOIN(variant_, SATCHEL_VARIANT) = {SATCHEL_TEXT(SATCHEL_VARIANT), quantize_rows, linear, embed, attend,
-                                                         swiglu};
+const Variant SATCHEL_JOIN(variant_, SATCHEL_VARIANT) = {
+    SATCHEL_TEXT(SATCHEL_VARIANT), quantize_rows, linear, embed, attend, swiglu, decode_block};
 }  // namespace satchel

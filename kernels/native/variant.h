@@ -66,6 +66,8 @@ struct AttentionTask {
   bool normalize;
 };
 
+struct BlockFormat;  // codec.h
+
 struct Variant {
   const char* name;
   void (*quantize_rows)(const PackedMatrix&, const float* x, QuantizedRows&, int64_t first_row, int64_t last_row);
@@ -75,6 +77,8 @@ struct Variant {
   void (*embed)(const PackedMatrix&, int64_t row, float* out);  // one row of the matrix, [inputs]
   void (*attend)(const AttentionTask&);
   void (*swiglu)(const float* gate, const float* up, float* out, size_t count);
+  // A block of 16 pairs in its codec's form (codec.h) to keys before RoPE, channel-major [D][16], and values [16][D].
+  void (*decode_block)(const BlockFormat&, const uint8_t* block, float* keys, float* values);
 };
 
 std::vector<const Variant*> variants();  // those that this CPU can run, slowest first
