@@ -54,42 +54,46 @@ struct Borders {
   }
 };
 
-inline float bounded(float x) { return std::min(std::max(x, -kLargestHalf), kLargestHalf); }
+inline float half_sized(float x) { return std::min(std::max(x, -kLargestHalf), kLargestHalf); }
 
-// The level nearest to each of 16 numbers (already divided by the scale), the upper one of two that are as near.
+// Four floats: the vector that every CPU has. Which four go together is seen in no byte.
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+inline Four load(const float* p) {
+  Four v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Four bounded(Four x, float low, float high) {
+  const Four least = low - Four{}, most = high - Four{};
+  x = x > least ? x : least;
+  return x < most ? x : most;
+}
+inline Four whole(Four x) { return __builtin_convertvector(__builtin_convertvector(x, FourInts), Four); }
+
+// The level nearest to numbers that are already divided by the scale; the upper one of two that are as near.
 template <bool kUneven>
-inline void nearest(const Side& side, const Borders& borders, const float* x, float* level) {
+inline Four nearest(const Side& side, const Borders& borders, Four x) {
   if (kUneven) {
-    for (int j = 0; j < 16; ++j) level[j] = side.levels[0];
-    for (int i = 0; i < side.top(); ++i) {
-      const float border = borders.at[i], next = side.levels[i + 1];
-      for (int j = 0; j < 16; ++j) level[j] = x[j] >= border ? next : level[j];
-    }
-    return;
+    Four level = side.levels[0] - Four{};
+    for (int i = 0; i < side.top(); ++i) level = x >= borders.at[i] - Four{} ? side.levels[i + 1] - Four{} : level;
+    return level;
   }
-  if (side.bits == 8) {
-    for (int j = 0; j < 16; ++j)
-      level[j] = float(int(std::min(std::max(x[j], -127.0f), 127.0f) + 127.5f)) - 127.0f;
-    return;
-  }
-  const float half = float(1 << (side.bits - 1)), top = float(side.top()), middle = 0.5f * top;
-  for (int j = 0; j < 16; ++j) level[j] = float(int(std::min(std::max(x[j] + half, 0.0f), top + 0.5f))) - middle;
+  if (side.bits == 8) return whole(bounded(x, -127.0f, 127.0f) + 127.5f) - 127.0f;
+  const float half = float(1 << (side.bits - 1)), top = float(side.top());
+  return whole(bounded(x + half, 0.0f, top + 0.5f)) - 0.5f * top;
 }
 
 template <bool kUneven>
 float squared_error(const Side& side, const Borders& borders, const float* row, float scale, float inverse) {
-  float sums[kPartialSums] = {}, x[16], level[16];
-  for (int d = 0; d < side.head_size; d += 16) {
-    for (int j = 0; j < 16; ++j) x[j] = row[d + j] * inverse;
-    nearest<kUneven>(side, borders, x, level);
-    for (int j = 0; j < 16; ++j) {
-      const float error = row[d + j] - scale * level[j];
-      sums[j] += error * error;
+  Four sums[kPartialSums / 4] = {};
+  for (int d = 0; d < side.head_size; d += kPartialSums)
+    for (int i = 0; i < kPartialSums / 4; ++i) {
+      const Four x = load(row + d + 4 * i), error = x - scale * nearest<kUneven>(side, borders, x * inverse);
+      sums[i] += error * error;
     }
-  }
-  for (int width = kPartialSums / 2; width; width /= 2)
-    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
-  return sums[0];
+  const Four total = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
 inline float inverse_of(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
@@ -117,21 +121,15 @@ uint16_t choose_scale(const Side& side, const Borders& borders, const float* row
 
 // Codes 0 .. 2^bits - 1 of a row (8 bits: code + 127, so that all are unsigned).
 void quantize_row(const Side& side, const Borders& borders, const float* row, float scale, uint8_t* codes) {
-  const float inverse = inverse_of(scale);
-  float x[16], level[16];
-  for (int d = 0; d < side.head_size; d += 16) {
-    for (int j = 0; j < 16; ++j) x[j] = row[d + j] * inverse;
-    if (side.levels) {
-      for (int j = 0; j < 16; ++j) {
-        int code = 0;
-        for (int i = 0; i < side.top(); ++i) code += x[j] >= borders.at[i];
-        codes[d + j] = uint8_t(code);
-      }
-    } else {
-      nearest<false>(side, borders, x, level);
-      const float lowest = side.bits == 8 ? 127.0f : 0.5f * float(side.top());
-      for (int j = 0; j < 16; ++j) codes[d + j] = uint8_t(int(level[j] + lowest));
-    }
+  const float inverse = inverse_of(scale), lowest = side.bits == 8 ? 127.0f : 0.5f * float(side.top());
+  for (int d = 0; d < side.head_size; d += 4) {
+    const Four x = load(row + d) * inverse;
+    FourInts code{};
+    if (side.levels)
+      for (int i = 0; i < side.top(); ++i) code -= x >= borders.at[i] - Four{};
+    else
+      code = __builtin_convertvector(nearest<false>(side, borders, x) + lowest, FourInts);
+    for (int j = 0; j < 4; ++j) codes[d + j] = uint8_t(code[j]);
   }
 }
 
@@ -158,7 +156,7 @@ void normalise(const Side& side, const float* x, float* normal) {
   for (int t = 0; t < kBlockTokens; ++t)
     for (int d = 0; d < side.head_size; ++d) {
       const float given = x[t * side.head_size + d];
-      normal[t * side.head_size + d] = given == given ? (bounded(given) - side.center[d]) * inverse[d] : 0.0f;
+      normal[t * side.head_size + d] = given == given ? (half_sized(given) - side.center[d]) * inverse[d] : 0.0f;
     }
 }
 
@@ -245,12 +243,12 @@ void channel_statistics(const float* x, int tokens, int head_size, std::vector<f
   std::vector<int> counted(head_size);
   for (int64_t i = 0; i < int64_t(tokens) * head_size; ++i)
     if (x[i] == x[i]) {
-      sum[i % head_size] += bounded(x[i]);
+      sum[i % head_size] += half_sized(x[i]);
       ++counted[i % head_size];
     }
   for (int d = 0; d < head_size; ++d) sum[d] /= std::max(counted[d], 1);
   for (int64_t i = 0; i < int64_t(tokens) * head_size; ++i)
-    if (x[i] == x[i]) squares[i % head_size] += (bounded(x[i]) - sum[i % head_size]) * (bounded(x[i]) - sum[i % head_size]);
+    if (x[i] == x[i]) squares[i % head_size] += (half_sized(x[i]) - sum[i % head_size]) * (half_sized(x[i]) - sum[i % head_size]);
   double total = 0;
   for (int d = 0; d < head_size; ++d) total += squares[d] /= std::max(counted[d], 1);
   const double least = std::max(std::sqrt(total / head_size) / 64, 1e-6);
