@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "kv_cache.h"
+#include "module_codec.h"
 #include "variant.h"
 
 namespace py = pybind11;
@@ -115,6 +116,7 @@ PackedMatrix packed_matrix(const Array<uint8_t>& data, int64_t outputs, int64_t 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Satchel's native kernels and KV cache; also the ONNX Runtime custom-op library of the domain 'satchel'.";
   m.attr("PAGE_TOKENS") = kPageTokens;
+  bind_codecs(m);
 
   m.def("variants", [] {
     std::vector<std::string> names;

@@ -11,6 +11,6 @@
 
 namespace satchel {
 extern const Variant SATCHEL_JOIN(variant_, SATCHEL_VARIANT);
-const Variant SATCHEL_JOIN(variant_, SATCHEL_VARIANT) = {SATCHEL_TEXT(SATCHEL_VARIANT), quantize_rows, linear, embed, attend,
-                                                         decode_block, score, swiglu};
+const Variant SATCHEL_JOIN(variant_, SATCHEL_VARIANT) = {
+    SATCHEL_TEXT(SATCHEL_VARIANT), quantize_rows, linear, embed, attend, score, swiglu, decode_block};
 }  // namespace satchel

@@ -91,9 +91,10 @@ struct Variant {
                  int64_t last_panel);
   void (*embed)(const PackedMatrix&, int64_t row, float* out);  // one row of the matrix, [inputs]
   void (*attend)(const AttentionTask&);
-  void (*decode_block)(const BlockFormat&, const uint8_t* block, float* keys, float* values);  // [D][16], [16][D]
   void (*score)(const ScoreTask&);
   void (*swiglu)(const float* gate, const float* up, float* out, size_t count);
+  // A block of 16 pairs in its codec's form (codec.h) to keys before RoPE, channel-major [D][16], and values [16][D].
+  void (*decode_block)(const BlockFormat&, const uint8_t* block, float* keys, float* values);
 };
 
 std::vector<const Variant*> variants();  // those that this CPU can run, slowest first

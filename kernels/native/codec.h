@@ -1,0 +1,97 @@
+// The forms of pairs below the hot tier: blocks of 16 tokens of one KV head, keys before RoPE.
+//
+// Channels are first centred and scaled by statistics of the head (keys before RoPE have channels whose mean is tens of
+// times their spread: KVQuant, arXiv 2401.18079), then every token's vector is quantized with a scale of its own:
+//
+//   restored[t][d] = center[d] + spread[d] * (scale[t] * level(code[t][d]))
+//
+// A block, byte by byte (little-endian, nothing aligned but its beginning; D is the head size, a multiple of 16):
+//
+//   key scales     32 bytes: IEEE half [16 tokens]             if key_bits < 16
+//   value scales   32 bytes: IEEE half [16 tokens]             if value_bits < 16
+//   key outliers   4 bytes each: u16 index, IEEE half          if key_bits < 16
+//   value outliers 4 bytes each: u16 index, IEEE half          if value_bits < 16
+//   keys           D runs of 16 codes: channel after channel, each with its 16 tokens
+//   values         D runs of 16 codes: token after token, each with D / 16 runs
+//   zeros          up to the next multiple of 16 bytes
+//
+// A run of 16 codes:
+//
+//   16 bits   32 bytes: IEEE halves, the numbers themselves (no center, spread, scale or outliers)
+//    8 bits   16 bytes: signed, -127..127, level = code
+//    4 bits    8 bytes: byte j = code[j] | code[j + 8] << 4
+//    3 bits    6 bytes: the two low bits of the codes as under 2 bits, then u16: bit j = the high bit of code[j]
+//    2 bits    4 bytes: byte j = code[j] | code[j + 4] << 2 | code[j + 8] << 4 | code[j + 12] << 6
+//
+// Of 2 to 4 bits, level = code - (2^bits - 1) / 2 (halves between integers: no code is wasted on a second zero), or
+// levels[code] where the codec is nonuniform. An outlier's index counts within its side as the runs do (keys: d * 16 + t,
+// values: t * D + d); its half is the number itself and replaces what the code gives. Indices ascend; every block has as
+// many outliers as the codec says.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace satchel {
+
+constexpr int kBlockTokens = 16;  // one key tile of the attention kernel
+constexpr int kLeastSample = 16;  // tokens that calibrate() needs
+
+struct Codec {
+  int key_bits = 16, value_bits = 16;  // 16 (half floats, not normalised), 8, 4, 3 or 2
+  bool nonuniform = false;             // levels from the head's tables instead of evenly spaced ones (sides of <= 4 bits)
+  int outliers = 0;                    // the largest values of a block's keys, and of its values, kept apart as halves
+
+  bool known() const;
+};
+
+// Of one KV head: what its channels look like. Empty until calibrated.
+struct HeadStatistics {
+  std::vector<float> key_center, key_spread, value_center, value_spread;  // [D] each
+  std::vector<float> key_levels, value_levels;                            // [2^bits], ascending; empty: even levels
+  bool empty() const { return key_center.empty(); }
+  // Whether blocks of this codec and head size can be read and written with them: sizes, finite numbers, spreads > 0,
+  // ascending levels. For statistics that come from a file.
+  bool fit(const Codec&, int head_size) const;
+};
+
+// A head size that blocks can have.
+inline bool block_head_size(int head_size) { return head_size > 0 && head_size <= 256 && head_size % 16 == 0; }
+
+// keys (before RoPE) and values [tokens, D] of a sample; levels only when the codec is nonuniform. Deterministic.
+// Throws std::invalid_argument for less than kLeastSample tokens.
+HeadStatistics calibrate(const Codec&, int head_size, const float* keys, const float* values, int tokens);
+
+size_t block_bytes(const Codec&, int head_size);  // a multiple of 16
+
+// keys and values [16, D]; slots that hold no token are to be zero or, better, a copy of a neighbour (zeros far from the
+// center take the outliers' places). Numbers beyond half precision are clamped, NaN is stored as the center.
+void encode_block(const Codec&, const HeadStatistics&, int head_size, const float* keys, const float* values,
+                  uint8_t* block);
+
+// What a kernel needs to read blocks of one KV head; `decode_block` is in the table of variants (variant.h).
+struct BlockFormat {
+  Codec codec;
+  const HeadStatistics* statistics;
+  int head_size;
+};
+
+// Where the parts of a block begin.
+struct BlockLayout {
+  size_t key_scales, value_scales, key_outliers, value_outliers, keys, values, end;
+};
+inline size_t run_bytes(int bits) { return size_t(bits) * 2; }
+inline BlockLayout block_layout(const Codec& codec, int head_size) {
+  const size_t key_small = codec.key_bits < 16, value_small = codec.value_bits < 16, outliers = 4 * size_t(codec.outliers);
+  BlockLayout at{};
+  at.value_scales = key_small * 2 * kBlockTokens;
+  at.key_outliers = at.value_scales + value_small * 2 * kBlockTokens;
+  at.value_outliers = at.key_outliers + key_small * outliers;
+  at.keys = at.value_outliers + value_small * outliers;
+  at.values = at.keys + size_t(head_size) * run_bytes(codec.key_bits);
+  at.end = at.values + size_t(head_size) * run_bytes(codec.value_bits);
+  return at;
+}
+
+}  // namespace satchel
