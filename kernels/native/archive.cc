@@ -141,6 +141,7 @@ void Archive::append_layer(int layer_index, const std::vector<Incoming>& heads, 
 void Archive::finish_append(int until) {
   cells_ = until / kCellTokens;
   end_ = until;
+  for (Layer& layer : layers_) layer.chosen_at = -1;  // there is more to choose from
 }
 
 // Moves extents to the file until memory is below its limit, the oldest first. What the disk has no room for is lost:
