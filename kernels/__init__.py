@@ -1,15 +1,42 @@
 """Native kernels: attention over the KV cache, quantized linear layers, and the operators that ONNX Runtime calls.
 
-The compiled module is both a Python extension and an ONNX Runtime custom-op library. ``reference.py`` has a slow and
-obvious NumPy twin of every kernel.
+The compiled module is both a Python extension and an ONNX Runtime custom-op library. ``reference.py`` and
+``reference_codecs.py`` have a slow and obvious NumPy twin of every kernel.
 """
 
 from __future__ import annotations
 
 from . import _native
-from ._native import PAGE_TOKENS, KVCache, active_variant, select_variant, variants
+from ._native import (
+    BLOCK_TOKENS,
+    PAGE_TOKENS,
+    HeadStatistics,
+    KVCache,
+    NativeCodec,
+    active_variant,
+    block_bytes,
+    calibrate,
+    decode_blocks,
+    encode_blocks,
+    select_variant,
+    variants,
+)
 
 CUSTOM_OP_LIBRARY: str = str(_native.__file__)
 """Path of the library to register with an ONNX Runtime session (operators of the domain ``satchel``)."""
 
-__all__ = ["CUSTOM_OP_LIBRARY", "PAGE_TOKENS", "KVCache", "active_variant", "select_variant", "variants"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "CUSTOM_OP_LIBRARY",
+    "PAGE_TOKENS",
+    "HeadStatistics",
+    "KVCache",
+    "NativeCodec",
+    "active_variant",
+    "block_bytes",
+    "calibrate",
+    "decode_blocks",
+    "encode_blocks",
+    "select_variant",
+    "variants",
+]

@@ -1,0 +1,261 @@
+"""Slow and obvious NumPy twin of the codecs: the same bytes, one block and one token at a time.
+
+``kernels/native/codec.h`` has the layout of a block. Encoding is float32 in the native code's order of operations, so
+that bytes can be compared; decoding is float64. Letters: D head size, T tokens; a block has 16 tokens.
+
+Bytes may differ from the native ones only on a tie: where two clip factors, or two levels, fit a number equally well up to
+float32's rounding (a compiler that fuses products and sums could decide it the other way; ours is told not to).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BLOCK = 16
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+LARGEST_HALF = 65504.0
+K_MEANS_STEPS, ROUNDS, SAMPLED = 40, 3, 1 << 14
+
+Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the keys, or the values, of a block are written. ``levels`` None: evenly spaced ones.
+
+    ``center`` and ``spread`` are float32 [D]; ``keys`` says channel-major [D][16] instead of token-major [16][D].
+    """
+
+    bits: int
+    outliers: int
+    center: Singles
+    spread: Singles
+    levels: Singles | None
+    keys: bool
+
+    @property
+    def all_levels(self) -> Singles:
+        """What a code stands for, ascending; 8 bits: -127 to 127, so code 0 is -127."""
+        if self.levels is not None:
+            return self.levels
+        if self.bits == 8:
+            return np.arange(-127, 128).astype(np.float32)
+        return (np.arange(2**self.bits) - (2**self.bits - 1) / 2).astype(np.float32)
+
+    @property
+    def reach(self) -> np.float32:
+        """The size of the outermost level."""
+        return np.float32(np.abs(self.all_levels).max() or 1.0)
+
+    @property
+    def clips(self) -> tuple[float, ...]:
+        return {8: CLIPS[:1], 4: CLIPS[:4]}.get(self.bits, CLIPS)
+
+    def bytes(self, head_size: int) -> tuple[int, int, int]:
+        """Of scales, outliers and runs."""
+        small = self.bits < 16
+        return 32 * small, 4 * self.outliers * small, 2 * self.bits * head_size
+
+
+def block_bytes(keys: Side, values: Side, head_size: int) -> int:
+    return -(-(sum(keys.bytes(head_size)) + sum(values.bytes(head_size))) // 16) * 16
+
+
+def encode_block(keys: Side, values: Side, k: ArrayLike, v: ArrayLike) -> Bytes:
+    """A block as uint8, from 16 keys before RoPE and values [16, D]."""
+    parts = zip(encode_side(keys, k), encode_side(values, v), strict=True)
+    block = np.concatenate([part for pair in parts for part in pair])
+    return np.concatenate([block, np.zeros(-block.size % 16, np.uint8)])
+
+
+def decode_block(keys: Side, values: Side, head_size: int, block: Bytes) -> tuple[Floats, Floats]:
+    """Keys and values, float64 [16, D] both."""
+    sizes = [size for pair in zip(keys.bytes(head_size), values.bytes(head_size), strict=True) for size in pair]
+    parts = np.split(block, np.cumsum(sizes))[: len(sizes)]
+    return decode_side(keys, head_size, *parts[0::2]), decode_side(values, head_size, *parts[1::2])
+
+
+def encode_side(side: Side, x: ArrayLike) -> tuple[Bytes, Bytes, Bytes]:
+    """Bytes of the scales, the outliers and the runs of ``x`` [16, D]."""
+    given = np.asarray(x, np.float32)
+    nothing = np.zeros(0, np.uint8)
+    if side.bits == 16:
+        return nothing, nothing, as_bytes(to_half(laid_out(side, np.nan_to_num(given, nan=0.0))))
+    normal = normalise(side, given)
+    indices = outlier_indices(side, normal)
+    clean = np.where(np.isnan(given), side.center, given)
+    numbers = to_half(laid_out(side, clean).ravel()[indices])
+    outliers = np.stack([indices.astype("<u2"), numbers.view("<u2")], axis=1)
+    normal = without(side, normal, indices)
+    scales = np.array([choose_scale(side, row) for row in normal], np.float16)
+    codes = np.stack([nearest(side, row, scale) for row, scale in zip(normal, scales, strict=True)])
+    runs = laid_out(side, codes).reshape(-1, 16)
+    return as_bytes(scales), as_bytes(outliers), np.concatenate([pack_run(side.bits, run) for run in runs])
+
+
+def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs: Bytes) -> Floats:
+    """float64 [16, D] from what `encode_side` makes."""
+    if side.bits == 16:
+        return token_major(side, np.frombuffer(runs.tobytes(), "<f2").astype(np.float64), head_size)
+    packed = runs.reshape(-1, 2 * side.bits)
+    codes = token_major(side, np.concatenate([unpack_run(side.bits, run) for run in packed]), head_size)
+    levels = side.all_levels[codes.astype(np.int64)].astype(np.float64)
+    scale = np.frombuffer(scales.tobytes(), "<f2").astype(np.float64)[:, None]
+    restored = side.center.astype(np.float64) + side.spread.astype(np.float64) * scale * levels
+    flat = laid_out(side, restored).ravel()
+    for index, number in outliers.view("<u2").reshape(-1, 2):
+        flat[index] = np.array([number], "<u2").view("<f2")[0]
+    return token_major(side, flat, head_size)
+
+
+def normalise(side: Side, x: Singles) -> Singles:
+    """Centred and divided by the spread; NaN is the center."""
+    inverse = np.float32(1) / side.spread
+    bounded = np.clip(np.where(np.isnan(x), np.float32(0), x), np.float32(-LARGEST_HALF), np.float32(LARGEST_HALF))
+    return np.where(np.isnan(x), np.float32(0), (bounded - side.center) * inverse).astype(np.float32)
+
+
+def outlier_indices(side: Side, normal: Singles) -> Integers:
+    """Of the largest, into the side's layout, ascending; of equal ones the first."""
+    order = np.argsort(-np.abs(laid_out(side, normal).ravel()), kind="stable")
+    return np.sort(order[: side.outliers]).astype(np.int64)
+
+
+def without(side: Side, normal: Singles, indices: Integers) -> Singles:
+    flat = laid_out(side, normal).ravel().copy()
+    flat[indices] = 0
+    return token_major(side, flat, normal.shape[1])
+
+
+def choose_scale(side: Side, row: Singles) -> np.float16:
+    """The clip factor with the least squared error; the first of equal ones."""
+    widest = np.abs(row).max() / side.reach
+    scales = [to_half(widest * np.float32(clip)) for clip in side.clips]
+    return scales[int(np.argmin([squared_error(side, row, scale) for scale in scales]))]
+
+
+def squared_error(side: Side, row: Singles, scale: np.float16) -> np.float32:
+    """Sixteen partial sums, then these: the order of the native code."""
+    error = row - np.float32(scale) * side.all_levels[nearest(side, row, scale)]
+    sums = np.zeros(16, np.float32)
+    for part in (error * error).reshape(-1, 16):
+        sums = sums + part
+    four = (sums[0:4] + sums[8:12]) + (sums[4:8] + sums[12:16])
+    return np.float32((four[0] + four[2]) + (four[1] + four[3]))
+
+
+def nearest(side: Side, row: Singles, scale: np.float16) -> Integers:
+    """Codes [D]; of two levels equally near, the upper one."""
+    inverse = np.float32(1) / np.float32(scale) if scale > 0 else np.float32(0)
+    scaled = row * inverse
+    if side.levels is not None:
+        borders = np.float32(0.5) * (side.levels[:-1] + side.levels[1:])
+        return (scaled[:, None] >= borders).sum(axis=1)
+    if side.bits == 8:
+        return np.floor(np.clip(scaled, np.float32(-127), np.float32(127)) + np.float32(127.5)).astype(np.int64)
+    codes = np.floor(scaled + np.float32(2 ** (side.bits - 1)))
+    return np.clip(codes, 0, 2**side.bits - 1).astype(np.int64)
+
+
+def pack_run(bits: int, code: Integers) -> Bytes:
+    if bits == 8:
+        return (code - 127).astype(np.int8).view(np.uint8)
+    if bits == 4:
+        return (code[:8] | code[8:] << 4).astype(np.uint8)
+    low = code & 3
+    pairs = (low[0:4] | low[4:8] << 2 | low[8:12] << 4 | low[12:16] << 6).astype(np.uint8)
+    if bits == 2:
+        return pairs
+    high = int(sum((int(c) >> 2) << j for j, c in enumerate(code)))
+    return np.concatenate([pairs, np.array([high & 255, high >> 8], np.uint8)])
+
+
+def unpack_run(bits: int, run: Bytes) -> Integers:
+    if bits == 8:
+        return run.view(np.int8).astype(np.int64) + 127
+    if bits == 4:
+        return np.concatenate([run & 15, run >> 4]).astype(np.int64)
+    code = np.concatenate([run[:4] >> shift & 3 for shift in (0, 2, 4, 6)]).astype(np.int64)
+    if bits == 3:
+        plane = int(run[4]) | int(run[5]) << 8
+        code += np.array([(plane >> j & 1) << 2 for j in range(16)])
+    return code
+
+
+def calibrate_side(bits: int, x: ArrayLike, *, keys: bool, outliers: int = 0, nonuniform: bool = False) -> Side:
+    """Center, spread and levels from a sample [T, D]: mean and standard deviation of the channels, 1-D k-means."""
+    given = np.asarray(x, np.float64)
+    bounded = np.clip(given, -LARGEST_HALF, LARGEST_HALF)  # NaN stays NaN, and is left out
+    center = np.array([_mean(column) for column in bounded.T])
+    squares = np.array([_mean(column) for column in ((bounded - center) ** 2).T])
+    spread = np.maximum(np.sqrt(squares), max(np.sqrt(squares.mean()) / 64, 1e-6))
+    side = Side(bits, outliers, center.astype(np.float32), spread.astype(np.float32), None, keys)
+    if not nonuniform or bits > 4:
+        return side
+    levels = (side.all_levels / side.reach).astype(np.float32)
+    rows = np.concatenate(list(_sample(side, np.asarray(x, np.float32))))
+    for _ in range(ROUNDS):
+        side = Side(bits, outliers, side.center, side.spread, levels, keys)
+        scales = [choose_scale(side, row) for row in rows]
+        kept = [(row, scale) for row, scale in zip(rows, scales, strict=True) if scale > 0]
+        numbers = [np.clip(row * (np.float32(1) / np.float32(scale)), -2, 2) for row, scale in kept]
+        weights = [np.full(row.size, float(scale) ** 2) for row, scale in kept]
+        if kept:
+            levels = k_means(levels, np.concatenate(numbers), np.concatenate(weights))
+    return Side(bits, outliers, side.center, side.spread, levels, keys)
+
+
+def _mean(column: Floats) -> float:
+    known = column[~np.isnan(column)]
+    return float(known.mean()) if known.size else 0.0
+
+
+def _sample(side: Side, x: Singles) -> Iterator[Singles]:
+    """Blocks evenly spaced over the sample, normalised, without their outliers."""
+    blocks, size = len(x) // BLOCK, x.shape[1]
+    used = min(blocks, max(1, SAMPLED // (BLOCK * size)))
+    for number in range(used):
+        first = number * blocks // used * BLOCK
+        normal = normalise(side, x[first : first + BLOCK])
+        yield without(side, normal, outlier_indices(side, normal))
+
+
+def k_means(levels: Singles, numbers: NDArray[Any], weights: Floats) -> Singles:
+    """Lloyd's algorithm from ``levels``; a level whose cell is empty stays."""
+    for _ in range(K_MEANS_STEPS):
+        borders = np.float32(0.5) * (levels[:-1] + levels[1:])
+        cells = (numbers[:, None] >= borders).sum(axis=1)
+        total = np.bincount(cells, weights, minlength=levels.size)
+        moment = np.bincount(cells, weights * numbers, minlength=levels.size)
+        moved = np.where(total > 0, moment / np.where(total > 0, total, 1), levels).astype(np.float32)
+        if np.array_equal(moved, levels):
+            break
+        levels = moved
+    return levels
+
+
+def laid_out(side: Side, x: NDArray[Any]) -> NDArray[Any]:
+    """[16, D] in the side's order."""
+    return x.T if side.keys else x
+
+
+def token_major(side: Side, flat: NDArray[Any], head_size: int) -> NDArray[Any]:
+    """[16, D] from numbers in the side's order."""
+    return flat.reshape(head_size, BLOCK).T if side.keys else flat.reshape(BLOCK, head_size)
+
+
+def to_half(x: Any) -> Any:
+    return np.clip(x, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
+
+
+def as_bytes(x: NDArray[Any]) -> Bytes:
+    """Little-endian."""
+    return np.frombuffer(np.ascontiguousarray(x.astype(x.dtype.newbyteorder("<"))).tobytes(), np.uint8)
