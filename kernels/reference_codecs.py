@@ -3,8 +3,8 @@
 ``kernels/native/codec.h`` has the layout of a block. Encoding is float32 in the native code's order of operations, so
 that bytes can be compared; decoding is float64. Letters: D head size, T tokens; a block has 16 tokens.
 
-Bytes may differ from the native ones only on a tie: where two clip factors, or two levels, fit a number equally well up to
-float32's rounding (a compiler that fuses products and sums could decide it the other way; ours is told not to).
+Bytes may differ from the native ones only on a tie: where two clip factors, or two levels, fit a number equally well up
+to float32's rounding (a compiler that fuses products and sums could decide it the other way; ours is told not to).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
+Half = np.floating[Any]
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Side:
         if self.levels is not None:
             return self.levels
         if self.bits == 8:
-            return np.arange(-127, 128).astype(np.float32)
-        return (np.arange(2**self.bits) - (2**self.bits - 1) / 2).astype(np.float32)
+            return np.arange(-127, 128, dtype=np.float32)
+        even: Singles = (np.arange(2**self.bits) - (2**self.bits - 1) / 2).astype(np.float32)
+        return even
 
     @property
-    def reach(self) -> np.float32:
+    def reach(self) -> float:
         """The size of the outermost level."""
-        return np.float32(np.abs(self.all_levels).max() or 1.0)
+        return float(np.abs(self.all_levels).max()) or 1.0
 
     @property
     def clips(self) -> tuple[float, ...]:
@@ -107,7 +109,7 @@ def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs
         return token_major(side, np.frombuffer(runs.tobytes(), "<f2").astype(np.float64), head_size)
     packed = runs.reshape(-1, 2 * side.bits)
     codes = token_major(side, np.concatenate([unpack_run(side.bits, run) for run in packed]), head_size)
-    levels = side.all_levels[codes.astype(np.int64)].astype(np.float64)
+    levels = codes - 127.0 if side.bits == 8 else side.all_levels[codes].astype(np.float64)
     scale = np.frombuffer(scales.tobytes(), "<f2").astype(np.float64)[:, None]
     restored = side.center.astype(np.float64) + side.spread.astype(np.float64) * scale * levels
     flat = laid_out(side, restored).ravel()
@@ -120,7 +122,8 @@ def normalise(side: Side, x: Singles) -> Singles:
     """Centred and divided by the spread; NaN is the center."""
     inverse = np.float32(1) / side.spread
     bounded = np.clip(np.where(np.isnan(x), np.float32(0), x), np.float32(-LARGEST_HALF), np.float32(LARGEST_HALF))
-    return np.where(np.isnan(x), np.float32(0), (bounded - side.center) * inverse).astype(np.float32)
+    normal: Singles = np.where(np.isnan(x), np.float32(0), (bounded - side.center) * inverse)
+    return normal
 
 
 def outlier_indices(side: Side, normal: Singles) -> Integers:
@@ -135,34 +138,36 @@ def without(side: Side, normal: Singles, indices: Integers) -> Singles:
     return token_major(side, flat, normal.shape[1])
 
 
-def choose_scale(side: Side, row: Singles) -> np.float16:
+def choose_scale(side: Side, row: Singles) -> Half:
     """The clip factor with the least squared error; the first of equal ones."""
-    widest = np.abs(row).max() / side.reach
+    widest = np.abs(row).max() / np.float32(side.reach)
     scales = [to_half(widest * np.float32(clip)) for clip in side.clips]
-    return scales[int(np.argmin([squared_error(side, row, scale) for scale in scales]))]
+    best: Half = scales[int(np.argmin([squared_error(side, row, scale) for scale in scales]))]
+    return best
 
 
-def squared_error(side: Side, row: Singles, scale: np.float16) -> np.float32:
+def squared_error(side: Side, row: Singles, scale: Half) -> float:
     """Sixteen partial sums, then these: the order of the native code."""
     error = row - np.float32(scale) * side.all_levels[nearest(side, row, scale)]
     sums = np.zeros(16, np.float32)
     for part in (error * error).reshape(-1, 16):
         sums = sums + part
     four = (sums[0:4] + sums[8:12]) + (sums[4:8] + sums[12:16])
-    return np.float32((four[0] + four[2]) + (four[1] + four[3]))
+    return float((four[0] + four[2]) + (four[1] + four[3]))
 
 
-def nearest(side: Side, row: Singles, scale: np.float16) -> Integers:
+def nearest(side: Side, row: Singles, scale: Half) -> Integers:
     """Codes [D]; of two levels equally near, the upper one."""
     inverse = np.float32(1) / np.float32(scale) if scale > 0 else np.float32(0)
     scaled = row * inverse
     if side.levels is not None:
         borders = np.float32(0.5) * (side.levels[:-1] + side.levels[1:])
-        return (scaled[:, None] >= borders).sum(axis=1)
-    if side.bits == 8:
-        return np.floor(np.clip(scaled, np.float32(-127), np.float32(127)) + np.float32(127.5)).astype(np.int64)
-    codes = np.floor(scaled + np.float32(2 ** (side.bits - 1)))
-    return np.clip(codes, 0, 2**side.bits - 1).astype(np.int64)
+        codes: NDArray[Any] = (scaled[:, None] >= borders).sum(axis=1)
+    elif side.bits == 8:
+        codes = np.floor(np.clip(scaled, np.float32(-127), np.float32(127)) + np.float32(127.5))
+    else:
+        codes = np.clip(np.floor(scaled + np.float32(2 ** (side.bits - 1))), 0, 2**side.bits - 1)
+    return codes.astype(np.int64)
 
 
 def pack_run(bits: int, code: Integers) -> Bytes:

@@ -1,4 +1,4 @@
-"""Codecs: how pairs are stored below the hot tier. One file per method; a new one is a file here and a row in the table.
+"""Codecs: how pairs are stored below the hot tier. A new one is a file here and a row in the table of the test.
 
 ``find_codec`` makes one by name; tests/cache/test_codecs.py runs the same checks over all of them.
 """
