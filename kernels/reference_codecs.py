@@ -19,6 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 BLOCK = 16
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 LARGEST_HALF = 65504.0
+GROUP_REACH = np.array(
+    [32.0, 8.0, 6.062866, 4.594793, 3.482202, 2.639016, 2.0, 1.5157166, 1.1486984, 0.8705506, 0.6597540, 0.5,
+     0.37892914, 0.28717459, 0.21763764, 0.16493849], np.float32,
+)  # fmt: skip
 K_MEANS_STEPS, ROUNDS, SAMPLED = 40, 3, 1 << 14
 
 Floats = NDArray[np.float64]
@@ -41,6 +45,7 @@ class Side:
     spread: Singles
     levels: Singles | None
     keys: bool
+    grouped: bool = False
 
     @property
     def all_levels(self) -> Singles:
@@ -64,7 +69,7 @@ class Side:
     def bytes(self, head_size: int) -> tuple[int, int, int]:
         """Of scales, outliers and runs."""
         small = self.bits < 16
-        return 32 * small, 4 * self.outliers * small, 2 * self.bits * head_size
+        return (head_size if self.grouped else 32) * small, 4 * self.outliers * small, 2 * self.bits * head_size
 
 
 def block_bytes(keys: Side, values: Side, head_size: int) -> int:
@@ -97,6 +102,8 @@ def encode_side(side: Side, x: ArrayLike) -> tuple[Bytes, Bytes, Bytes]:
     numbers = to_half(laid_out(side, clean).ravel()[indices])
     outliers = np.stack([indices.astype("<u2"), numbers.view("<u2")], axis=1)
     normal = without(side, normal, indices)
+    if side.grouped:
+        return encode_groups(side, normal)
     scales = np.array([choose_scale(side, row) for row in normal], np.float16)
     codes = np.stack([nearest(side, row, scale) for row, scale in zip(normal, scales, strict=True)])
     runs = laid_out(side, codes).reshape(-1, 16)
@@ -109,6 +116,11 @@ def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs
         return token_major(side, np.frombuffer(runs.tobytes(), "<f2").astype(np.float64), head_size)
     packed = runs.reshape(-1, 2 * side.bits)
     codes = token_major(side, np.concatenate([unpack_run(side.bits, run) for run in packed]), head_size)
+    if side.grouped:
+        offset = ((scales & 15) - 7.5) / 4
+        reach = np.array(GROUP_REACH)[scales >> 4]
+        level = codes - (127.0 if side.bits == 8 else side.reach)
+        return side.center + side.spread.astype(np.float64) * (offset + reach / side.reach * level)
     levels = codes - 127.0 if side.bits == 8 else side.all_levels[codes].astype(np.float64)
     scale = np.frombuffer(scales.tobytes(), "<f2").astype(np.float64)[:, None]
     restored = side.center.astype(np.float64) + side.spread.astype(np.float64) * scale * levels
@@ -116,6 +128,24 @@ def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs
     for index, number in outliers.view("<u2").reshape(-1, 2):
         flat[index] = np.array([number], "<u2").view("<f2")[0]
     return token_major(side, flat, head_size)
+
+
+def encode_groups(side: Side, normal: Singles) -> tuple[Bytes, Bytes, Bytes]:
+    """The grouped form: a byte and 16 codes for each channel."""
+    groups, columns = [], []
+    for column in normal.T:
+        middle = np.float32(0.5) * (column.min() + column.max())
+        offset = int(np.clip(np.floor(middle * np.float32(4) + np.float32(8)), 0, 15))
+        rest = column - np.float32((offset - 7.5) / 4)
+        covering = [i for i in range(1, 16) if GROUP_REACH[i] >= np.abs(rest).max()]
+        tries = range(max(covering, default=0), 16)[:3]
+        scales = [GROUP_REACH[i] / np.float32(side.reach) for i in tries]
+        best = int(np.argmin([squared_error(side, rest, scale) for scale in scales]))
+        groups.append(offset | tries[best] << 4)
+        columns.append(nearest(side, rest, scales[best]))
+    runs = laid_out(side, np.stack(columns, axis=1)).reshape(-1, 16)
+    packed = np.concatenate([pack_run(side.bits, run) for run in runs])
+    return np.array(groups, np.uint8), np.zeros(0, np.uint8), packed
 
 
 def normalise(side: Side, x: Singles) -> Singles:
