@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Side:
     keys: bool
     grouped: bool = False
 
-    @property
+    @cached_property
     def all_levels(self) -> Singles:
         """What a code stands for, ascending; 8 bits: -127 to 127, so code 0 is -127."""
         if self.levels is not None:
@@ -57,7 +58,7 @@ class Side:
         even: Singles = (np.arange(2**self.bits) - (2**self.bits - 1) / 2).astype(np.float32)
         return even
 
-    @property
+    @cached_property
     def reach(self) -> float:
         """The size of the outermost level."""
         return float(np.abs(self.all_levels).max()) or 1.0
