@@ -121,7 +121,8 @@ def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs
         offset = ((scales & 15) - 7.5) / 4
         reach = np.array(GROUP_REACH)[scales >> 4]
         level = codes - (127.0 if side.bits == 8 else side.reach)
-        return side.center + side.spread.astype(np.float64) * (offset + reach / side.reach * level)
+        grouped: Floats = side.center + side.spread.astype(np.float64) * (offset + reach / side.reach * level)
+        return grouped
     levels = codes - 127.0 if side.bits == 8 else side.all_levels[codes].astype(np.float64)
     scale = np.frombuffer(scales.tobytes(), "<f2").astype(np.float64)[:, None]
     restored = side.center.astype(np.float64) + side.spread.astype(np.float64) * scale * levels
