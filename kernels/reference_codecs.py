@@ -3,14 +3,15 @@
 ``kernels/native/codec.h`` has the layout of a block. Encoding is float32 in the native code's order of operations, so
 that bytes can be compared; decoding is float64. Letters: D head size, T tokens; a block has 16 tokens.
 
-Bytes may differ from the native ones only on a tie: where two clip factors, or two levels, fit a number equally well up to
-float32's rounding (a compiler that fuses products and sums could decide it the other way; ours is told not to).
+Bytes may differ from the native ones only on a tie: where two clip factors, or two levels, fit a number equally well up
+to float32's rounding (a compiler that fuses products and sums could decide it the other way; ours is told not to).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,17 @@ from numpy.typing import ArrayLike, NDArray
 BLOCK = 16
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 LARGEST_HALF = 65504.0
+GROUP_REACH = np.array(
+    [32.0, 8.0, 6.062866, 4.594793, 3.482202, 2.639016, 2.0, 1.5157166, 1.1486984, 0.8705506, 0.6597540, 0.5,
+     0.37892914, 0.28717459, 0.21763764, 0.16493849], np.float32,
+)  # fmt: skip
 K_MEANS_STEPS, ROUNDS, SAMPLED = 40, 3, 1 << 14
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
+Half = np.floating[Any]
 
 
 @dataclass(frozen=True)
@@ -40,20 +46,22 @@ class Side:
     spread: Singles
     levels: Singles | None
     keys: bool
+    grouped: bool = False
 
-    @property
+    @cached_property
     def all_levels(self) -> Singles:
         """What a code stands for, ascending; 8 bits: -127 to 127, so code 0 is -127."""
         if self.levels is not None:
             return self.levels
         if self.bits == 8:
-            return np.arange(-127, 128).astype(np.float32)
-        return (np.arange(2**self.bits) - (2**self.bits - 1) / 2).astype(np.float32)
+            return np.arange(-127, 128, dtype=np.float32)
+        even: Singles = (np.arange(2**self.bits) - (2**self.bits - 1) / 2).astype(np.float32)
+        return even
 
-    @property
-    def reach(self) -> np.float32:
+    @cached_property
+    def reach(self) -> float:
         """The size of the outermost level."""
-        return np.float32(np.abs(self.all_levels).max() or 1.0)
+        return float(np.abs(self.all_levels).max()) or 1.0
 
     @property
     def clips(self) -> tuple[float, ...]:
@@ -62,7 +70,7 @@ class Side:
     def bytes(self, head_size: int) -> tuple[int, int, int]:
         """Of scales, outliers and runs."""
         small = self.bits < 16
-        return 32 * small, 4 * self.outliers * small, 2 * self.bits * head_size
+        return (head_size if self.grouped else 32) * small, 4 * self.outliers * small, 2 * self.bits * head_size
 
 
 def block_bytes(keys: Side, values: Side, head_size: int) -> int:
@@ -95,6 +103,8 @@ def encode_side(side: Side, x: ArrayLike) -> tuple[Bytes, Bytes, Bytes]:
     numbers = to_half(laid_out(side, clean).ravel()[indices])
     outliers = np.stack([indices.astype("<u2"), numbers.view("<u2")], axis=1)
     normal = without(side, normal, indices)
+    if side.grouped:
+        return encode_groups(side, normal)
     scales = np.array([choose_scale(side, row) for row in normal], np.float16)
     codes = np.stack([nearest(side, row, scale) for row, scale in zip(normal, scales, strict=True)])
     runs = laid_out(side, codes).reshape(-1, 16)
@@ -107,7 +117,13 @@ def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs
         return token_major(side, np.frombuffer(runs.tobytes(), "<f2").astype(np.float64), head_size)
     packed = runs.reshape(-1, 2 * side.bits)
     codes = token_major(side, np.concatenate([unpack_run(side.bits, run) for run in packed]), head_size)
-    levels = side.all_levels[codes.astype(np.int64)].astype(np.float64)
+    if side.grouped:
+        offset = ((scales & 15) - 7.5) / 4
+        reach = np.array(GROUP_REACH)[scales >> 4]
+        level = codes - (127.0 if side.bits == 8 else side.reach)
+        grouped: Floats = side.center + side.spread.astype(np.float64) * (offset + reach / side.reach * level)
+        return grouped
+    levels = codes - 127.0 if side.bits == 8 else side.all_levels[codes].astype(np.float64)
     scale = np.frombuffer(scales.tobytes(), "<f2").astype(np.float64)[:, None]
     restored = side.center.astype(np.float64) + side.spread.astype(np.float64) * scale * levels
     flat = laid_out(side, restored).ravel()
@@ -116,11 +132,30 @@ def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs
     return token_major(side, flat, head_size)
 
 
+def encode_groups(side: Side, normal: Singles) -> tuple[Bytes, Bytes, Bytes]:
+    """The grouped form: a byte and 16 codes for each channel."""
+    groups, columns = [], []
+    for column in normal.T:
+        middle = np.float32(0.5) * (column.min() + column.max())
+        offset = int(np.clip(np.floor(middle * np.float32(4) + np.float32(8)), 0, 15))
+        rest = column - np.float32((offset - 7.5) / 4)
+        covering = [i for i in range(1, 16) if GROUP_REACH[i] >= np.abs(rest).max()]
+        tries = range(max(covering, default=0), 16)[:3]
+        scales = [GROUP_REACH[i] / np.float32(side.reach) for i in tries]
+        best = int(np.argmin([squared_error(side, rest, scale) for scale in scales]))
+        groups.append(offset | tries[best] << 4)
+        columns.append(nearest(side, rest, scales[best]))
+    runs = laid_out(side, np.stack(columns, axis=1)).reshape(-1, 16)
+    packed = np.concatenate([pack_run(side.bits, run) for run in runs])
+    return np.array(groups, np.uint8), np.zeros(0, np.uint8), packed
+
+
 def normalise(side: Side, x: Singles) -> Singles:
     """Centred and divided by the spread; NaN is the center."""
     inverse = np.float32(1) / side.spread
     bounded = np.clip(np.where(np.isnan(x), np.float32(0), x), np.float32(-LARGEST_HALF), np.float32(LARGEST_HALF))
-    return np.where(np.isnan(x), np.float32(0), (bounded - side.center) * inverse).astype(np.float32)
+    normal: Singles = np.where(np.isnan(x), np.float32(0), (bounded - side.center) * inverse)
+    return normal
 
 
 def outlier_indices(side: Side, normal: Singles) -> Integers:
@@ -135,34 +170,36 @@ def without(side: Side, normal: Singles, indices: Integers) -> Singles:
     return token_major(side, flat, normal.shape[1])
 
 
-def choose_scale(side: Side, row: Singles) -> np.float16:
+def choose_scale(side: Side, row: Singles) -> Half:
     """The clip factor with the least squared error; the first of equal ones."""
-    widest = np.abs(row).max() / side.reach
+    widest = np.abs(row).max() / np.float32(side.reach)
     scales = [to_half(widest * np.float32(clip)) for clip in side.clips]
-    return scales[int(np.argmin([squared_error(side, row, scale) for scale in scales]))]
+    best: Half = scales[int(np.argmin([squared_error(side, row, scale) for scale in scales]))]
+    return best
 
 
-def squared_error(side: Side, row: Singles, scale: np.float16) -> np.float32:
+def squared_error(side: Side, row: Singles, scale: Half) -> float:
     """Sixteen partial sums, then these: the order of the native code."""
     error = row - np.float32(scale) * side.all_levels[nearest(side, row, scale)]
     sums = np.zeros(16, np.float32)
     for part in (error * error).reshape(-1, 16):
         sums = sums + part
     four = (sums[0:4] + sums[8:12]) + (sums[4:8] + sums[12:16])
-    return np.float32((four[0] + four[2]) + (four[1] + four[3]))
+    return float((four[0] + four[2]) + (four[1] + four[3]))
 
 
-def nearest(side: Side, row: Singles, scale: np.float16) -> Integers:
+def nearest(side: Side, row: Singles, scale: Half) -> Integers:
     """Codes [D]; of two levels equally near, the upper one."""
     inverse = np.float32(1) / np.float32(scale) if scale > 0 else np.float32(0)
     scaled = row * inverse
     if side.levels is not None:
         borders = np.float32(0.5) * (side.levels[:-1] + side.levels[1:])
-        return (scaled[:, None] >= borders).sum(axis=1)
-    if side.bits == 8:
-        return np.floor(np.clip(scaled, np.float32(-127), np.float32(127)) + np.float32(127.5)).astype(np.int64)
-    codes = np.floor(scaled + np.float32(2 ** (side.bits - 1)))
-    return np.clip(codes, 0, 2**side.bits - 1).astype(np.int64)
+        codes: NDArray[Any] = (scaled[:, None] >= borders).sum(axis=1)
+    elif side.bits == 8:
+        codes = np.floor(np.clip(scaled, np.float32(-127), np.float32(127)) + np.float32(127.5))
+    else:
+        codes = np.clip(np.floor(scaled + np.float32(2 ** (side.bits - 1))), 0, 2**side.bits - 1)
+    return codes.astype(np.int64)
 
 
 def pack_run(bits: int, code: Integers) -> Bytes:

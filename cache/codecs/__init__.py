@@ -1,4 +1,4 @@
-"""Codecs: how pairs are stored below the hot tier. One file per method; a new one is a file here and a row in the table.
+"""Codecs: how pairs are stored below the hot tier. A new one is a file here and a row in the table of the test.
 
 ``find_codec`` makes one by name; tests/cache/test_codecs.py runs the same checks over all of them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .base import Codec
 from .f16 import F16
+from .grouped import Grouped2, Grouped3, Grouped4
 from .kvquant import KVQuant2, KVQuant3, KVQuant4
 from .mikv import MiKV
 from .q2 import Q2
@@ -14,7 +15,7 @@ from .q4 import Q4
 from .q8 import Q8
 
 _CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (F16, Q8, Q4, Q2, KVQuant4, KVQuant3, KVQuant2, MiKV)
+    codec.name: codec for codec in (F16, Q8, Q4, Q2, Grouped4, Grouped3, Grouped2, KVQuant4, KVQuant3, KVQuant2, MiKV)
 }
 
 

@@ -1,4 +1,4 @@
-"""IEEE half floats: 256 bytes a token at D = 64. The reference for the others, and what a cache of today's runtimes has."""
+"""IEEE half floats: 256 bytes a token at D = 64. The reference for the others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """8 bits, evenly spaced: 132 bytes a token at D = 64, half of f16. Answers as f16 does, as far as we could measure.
 
-Channels are centred and scaled by the head's statistics; every token has a scale of its own for its key and for its value.
+Channels are centred and scaled by the head's statistics; every token has a scale for its key and one for its value.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ constexpr int kPartialSums = 16;  // added up apart, in this order everywhere: a
 // What a token's largest value is multiplied by before it meets the outermost level: clipping it a little makes the steps
 // for all others smaller. 4 bits have steps enough that less than 0.7 never pays.
 constexpr float kClips[] = {1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f};
+constexpr int kGroupTries = 3;       // scales of a group: the one that clips nothing and the next smaller ones
 constexpr int kMeans = 40;           // steps of k-means; it stands still after about 25
 constexpr int kRounds = 3;           // of levels for scales, scales for levels
 constexpr size_t kSampled = 1 << 14;  // numbers that the levels are found from
@@ -36,6 +37,7 @@ struct Side {
   const float *center, *spread;
   const float* levels;  // nullptr: even ones
   bool channel_major;   // keys
+  bool grouped;
   int top() const { return (1 << bits) - 1; }
   float reach() const {  // the size of the outermost level
     if (bits == 8) return 127.0f;
@@ -149,6 +151,32 @@ void pack_run(int bits, const uint8_t* code, uint8_t* run) {
   }
 }
 
+// The grouped form: offset and scale of one channel's 16 numbers, and their codes.
+uint8_t quantize_group(const Side& side, const Borders& borders, const float* x, uint8_t* codes) {
+  const auto [low, high] = std::minmax_element(x, x + kBlockTokens);
+  const float middle = 0.5f * (*low + *high);
+  const int offset = int(std::min(std::max(middle * 4.0f + 8.0f, 0.0f), 15.5f));
+  float rest[kBlockTokens], largest = 0;
+  for (int t = 0; t < kBlockTokens; ++t) {
+    rest[t] = x[t] - (float(offset) - 7.5f) * 0.25f;
+    largest = std::max(largest, std::fabs(rest[t]));
+  }
+  int widest = 0;
+  while (widest < 15 && kGroupReach[widest + 1] >= largest) ++widest;
+  int best = widest;
+  float least = INFINITY;
+  for (int i = widest; i < std::min(widest + kGroupTries, 16); ++i) {
+    const float scale = kGroupReach[i] / side.reach();
+    const float error = squared_error<false>(side, borders, rest, scale, inverse_of(scale));
+    if (error < least) {
+      least = error;
+      best = i;
+    }
+  }
+  quantize_row(side, borders, rest, kGroupReach[best] / side.reach(), codes);
+  return uint8_t(offset | best << 4);
+}
+
 // x [16, D] centred and divided by the spread.
 void normalise(const Side& side, const float* x, float* normal) {
   float inverse[kMaxHeadSize];
@@ -213,7 +241,16 @@ void encode_side(const Side& side, const float* x, uint8_t* scales, uint8_t* out
     }
   }
   const Borders borders(side);
-  for (int t = 0; t < kBlockTokens; ++t) {
+  for (int d = 0; side.grouped && d < D; ++d) {
+    float column[kBlockTokens];
+    uint8_t code[kBlockTokens];
+    for (int t = 0; t < kBlockTokens; ++t) column[t] = normal[t * D + d];
+    Side one = side;
+    one.head_size = kBlockTokens;
+    scales[d] = quantize_group(one, borders, column, code);
+    for (int t = 0; t < kBlockTokens; ++t) codes[t * D + d] = code[t];
+  }
+  for (int t = 0; !side.grouped && t < kBlockTokens; ++t) {
     const uint16_t half = choose_scale(side, borders, normal + t * D);
     put_half(scales + 2 * t, half);
     quantize_row(side, borders, normal + t * D, from_half(half), codes + t * D);
@@ -232,7 +269,8 @@ Side side_of(const Codec& codec, const HeadStatistics& statistics, int head_size
           (keys ? statistics.key_center : statistics.value_center).data(),
           (keys ? statistics.key_spread : statistics.value_spread).data(),
           levels.empty() ? nullptr : levels.data(),
-          keys};
+          keys,
+          codec.grouped};
 }
 
 // Mean and standard deviation of every channel of x [tokens, D]. A channel that hardly moves gets a share of the others'
@@ -344,7 +382,8 @@ bool fit_side(const Side& side, const std::vector<float>& center, const std::vec
 
 bool Codec::known() const {
   return known_bits(key_bits) && known_bits(value_bits) && outliers >= 0 && outliers <= kMaxOutliers &&
-         (outliers == 0 || key_bits < 16 || value_bits < 16) && (!nonuniform || std::min(key_bits, value_bits) <= 4);
+         (outliers == 0 || key_bits < 16 || value_bits < 16) && (!nonuniform || std::min(key_bits, value_bits) <= 4) &&
+         (!grouped || (!nonuniform && outliers == 0 && std::min(key_bits, value_bits) < 16));
 }
 
 bool HeadStatistics::fit(const Codec& codec, int head_size) const {

@@ -5,10 +5,15 @@
 //
 //   restored[t][d] = center[d] + spread[d] * (scale[t] * level(code[t][d]))
 //
+// or, in the grouped form, every channel of the block with an offset and a scale of its own, of 4 bits each (16 neighbours
+// lie closer together than the whole document: KIVI, arXiv 2402.02750, has such groups with a half for each of the two):
+//
+//   restored[t][d] = center[d] + spread[d] * (offset[d] + scale[d] * level(code[t][d]))
+//
 // A block, byte by byte (little-endian, nothing aligned but its beginning; D is the head size, a multiple of 16):
 //
-//   key scales     32 bytes: IEEE half [16 tokens]             if key_bits < 16
-//   value scales   32 bytes: IEEE half [16 tokens]             if value_bits < 16
+//   key scales     32 bytes: IEEE half [16 tokens]             if key_bits < 16; grouped: D bytes, one for each channel
+//   value scales   32 bytes: IEEE half [16 tokens]             if value_bits < 16; grouped: D bytes, one for each channel
 //   key outliers   4 bytes each: u16 index, IEEE half          if key_bits < 16
 //   value outliers 4 bytes each: u16 index, IEEE half          if value_bits < 16
 //   keys           D runs of 16 codes: channel after channel, each with its 16 tokens
@@ -24,7 +29,8 @@
 //    2 bits    4 bytes: byte j = code[j] | code[j + 4] << 2 | code[j + 8] << 4 | code[j + 12] << 6
 //
 // Of 2 to 4 bits, level = code - (2^bits - 1) / 2 (halves between integers: no code is wasted on a second zero), or
-// levels[code] where the codec is nonuniform. An outlier's index counts within its side as the runs do (keys: d * 16 + t,
+// levels[code] where the codec is nonuniform. A channel's byte of the grouped form is o | s << 4 with
+// offset = (o - 7.5) / 4 and scale = kGroupReach[s] / (largest level: 127, or (2^bits - 1) / 2). An outlier's index counts within its side as the runs do (keys: d * 16 + t,
 // values: t * D + d); its half is the number itself and replaces what the code gives. Indices ascend; every block has as
 // many outliers as the codec says.
 #pragma once
@@ -42,9 +48,15 @@ struct Codec {
   int key_bits = 16, value_bits = 16;  // 16 (half floats, not normalised), 8, 4, 3 or 2
   bool nonuniform = false;             // levels from the head's tables instead of evenly spaced ones (sides of <= 4 bits)
   int outliers = 0;                    // the largest values of a block's keys, and of its values, kept apart as halves
+  bool grouped = false;                // offset and scale for each channel of a block; even levels, no outliers
 
   bool known() const;
 };
+
+// How many spreads the outermost level is away from the offset: 8 * 2^(-0.4 i), and one far out for what never happens.
+constexpr float kGroupReach[16] = {32.0f,      8.0f,        6.062866f,  4.594793f, 3.482202f,  2.639016f,
+                                   2.0f,       1.5157166f,  1.1486984f, 0.8705506f, 0.6597540f, 0.5f,
+                                   0.37892914f, 0.28717459f, 0.21763764f, 0.16493849f};
 
 // Of one KV head: what its channels look like. Empty until calibrated.
 struct HeadStatistics {
@@ -85,8 +97,9 @@ inline size_t run_bytes(int bits) { return size_t(bits) * 2; }
 inline BlockLayout block_layout(const Codec& codec, int head_size) {
   const size_t key_small = codec.key_bits < 16, value_small = codec.value_bits < 16, outliers = 4 * size_t(codec.outliers);
   BlockLayout at{};
-  at.value_scales = key_small * 2 * kBlockTokens;
-  at.key_outliers = at.value_scales + value_small * 2 * kBlockTokens;
+  const size_t scales = codec.grouped ? size_t(head_size) : 2 * kBlockTokens;
+  at.value_scales = key_small * scales;
+  at.key_outliers = at.value_scales + value_small * scales;
   at.value_outliers = at.key_outliers + key_small * outliers;
   at.keys = at.value_outliers + value_small * outliers;
   at.values = at.keys + size_t(head_size) * run_bytes(codec.key_bits);

@@ -145,6 +145,48 @@ void decode_side(const uint8_t* runs, const uint8_t* halves, int head_size, cons
     }
 }
 
+// The same in the grouped form.
+template <int kBits, bool kKeys>
+void decode_groups(const uint8_t* runs, const uint8_t* groups, int head_size, const float* center, const float* spread,
+                   float* out) {
+  const Reader<kBits, false> reader({});
+  constexpr float kReach = kBits == 8 ? 127.0f : 0.5f * ((1 << (kBits & 7)) - 1);
+  Table scales;
+  for (int i = 0; i < 16; ++i) scales.at[i] = kGroupReach[i] / kReach;
+  float centers[256], spreads[256];
+  for (int d = 0; d < head_size; d += kLanes) {
+    const Int group = widen_bytes(groups + d);
+    const Float wide = load(spread + d);
+    store(centers + d, load(center + d) + wide * ((to_float(group & 15) - 7.5f) * 0.25f));
+    store(spreads + d, wide * look_up<4>(scales, group >> 4));
+  }
+  Float level[kVectors];
+  if (kKeys) {
+    for (int d = 0; d < head_size; ++d, runs += 2 * kBits, out += kTile) {
+      reader.levels(runs, level);
+      for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, centers[d] + spreads[d] * level[v]);
+    }
+    return;
+  }
+  for (int t = 0; t < kBlockTokens; ++t)
+    for (int d = 0; d < head_size; d += kTile, runs += 2 * kBits, out += kTile) {
+      reader.levels(runs, level);
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = d + v * kLanes;
+        store(out + v * kLanes, load(centers + at) + load(spreads + at) * level[v]);
+      }
+    }
+}
+
+template <bool kKeys>
+void decode_grouped(int bits, const uint8_t* runs, const uint8_t* groups, int D, const float* center,
+                    const float* spread, float* out) {
+  if (bits == 8) return decode_groups<8, kKeys>(runs, groups, D, center, spread, out);
+  if (bits == 4) return decode_groups<4, kKeys>(runs, groups, D, center, spread, out);
+  if (bits == 3) return decode_groups<3, kKeys>(runs, groups, D, center, spread, out);
+  return decode_groups<2, kKeys>(runs, groups, D, center, spread, out);
+}
+
 template <bool kKeys>
 void decode_small(int bits, const uint8_t* runs, const uint8_t* halves, int D, const float* center, const float* spread,
                   const std::vector<float>& levels, float* out) {
@@ -189,7 +231,11 @@ void decode_block(const BlockFormat& format, const uint8_t* block, float* keys, 
     decode_halves(block + at.keys, D, keys);
   } else {
     const HeadStatistics& s = *format.statistics;
-    decode_small<true>(codec.key_bits, block + at.keys, block + at.key_scales, D, s.key_center.data(),
+    if (codec.grouped)
+      decode_grouped<true>(codec.key_bits, block + at.keys, block + at.key_scales, D, s.key_center.data(),
+                           s.key_spread.data(), keys);
+    else
+      decode_small<true>(codec.key_bits, block + at.keys, block + at.key_scales, D, s.key_center.data(),
                        s.key_spread.data(), s.key_levels, keys);
     put_outliers(block + at.key_outliers, codec.outliers, D, keys);
   }
@@ -197,7 +243,11 @@ void decode_block(const BlockFormat& format, const uint8_t* block, float* keys, 
     decode_halves(block + at.values, D, values);
   } else {
     const HeadStatistics& s = *format.statistics;
-    decode_small<false>(codec.value_bits, block + at.values, block + at.value_scales, D, s.value_center.data(),
+    if (codec.grouped)
+      decode_grouped<false>(codec.value_bits, block + at.values, block + at.value_scales, D, s.value_center.data(),
+                            s.value_spread.data(), values);
+    else
+      decode_small<false>(codec.value_bits, block + at.values, block + at.value_scales, D, s.value_center.data(),
                         s.value_spread.data(), s.value_levels, values);
     put_outliers(block + at.value_outliers, codec.outliers, D, values);
   }

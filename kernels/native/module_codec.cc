@@ -21,11 +21,11 @@ void expect(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-Codec make_codec(int key_bits, int value_bits, bool nonuniform, int outliers) {
-  const Codec codec{key_bits, value_bits, nonuniform, outliers};
+Codec make_codec(int key_bits, int value_bits, bool nonuniform, int outliers, bool grouped) {
+  const Codec codec{key_bits, value_bits, nonuniform, outliers, grouped};
   expect(codec.known(), "no codec has " + std::to_string(key_bits) + " bits for keys, " + std::to_string(value_bits) +
                             " for values and " + std::to_string(outliers) +
-                            " outliers; bits are 16, 8, 4, 3 or 2 (levels of their own up to 4), outliers at most 128");
+                            " outliers; bits are 16, 8, 4, 3 or 2 (levels of their own up to 4), outliers at most 128, and none of both in the grouped form");
   return codec;
 }
 
@@ -93,21 +93,23 @@ void bind_codecs(py::module_& m) {
   m.attr("BLOCK_TOKENS") = kBlockTokens;
   py::class_<Codec>(m, "NativeCodec")
       .def(py::init(&make_codec), py::kw_only(), py::arg("key_bits"), py::arg("value_bits"),
-           py::arg("nonuniform") = false, py::arg("outliers") = 0)
+           py::arg("nonuniform") = false, py::arg("outliers") = 0, py::arg("grouped") = false)
       .def_readonly("key_bits", &Codec::key_bits)
       .def_readonly("value_bits", &Codec::value_bits)
       .def_readonly("nonuniform", &Codec::nonuniform)
       .def_readonly("outliers", &Codec::outliers)
+      .def_readonly("grouped", &Codec::grouped)
       .def("__eq__", [](const Codec& a, const Codec& b) {
         return a.key_bits == b.key_bits && a.value_bits == b.value_bits && a.nonuniform == b.nonuniform &&
-               a.outliers == b.outliers;
+               a.outliers == b.outliers && a.grouped == b.grouped;
       }, py::is_operator())
       .def("__hash__", [](const Codec& c) {
-        return ((c.key_bits * 32 + c.value_bits) * 2 + c.nonuniform) * 256 + c.outliers;
+        return (((c.key_bits * 32 + c.value_bits) * 2 + c.nonuniform) * 2 + c.grouped) * 256 + c.outliers;
       })
       .def("__repr__", [](const Codec& c) {
         return "NativeCodec(key_bits=" + std::to_string(c.key_bits) + ", value_bits=" + std::to_string(c.value_bits) +
-               ", nonuniform=" + (c.nonuniform ? "True" : "False") + ", outliers=" + std::to_string(c.outliers) + ")";
+               ", nonuniform=" + (c.nonuniform ? "True" : "False") + ", outliers=" + std::to_string(c.outliers) +
+               ", grouped=" + (c.grouped ? "True" : "False") + ")";
       });
 
   py::class_<HeadStatistics>(m, "HeadStatistics")
