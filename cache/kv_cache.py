@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
+from .archive import BLOCK_TOKENS, CELL_TOKENS, ArchiveOptions, round_up
+from .codecs import find_codec
 from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
 
@@ -30,7 +32,11 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class KVUsage:
-    """Where the pairs of a conversation are now. Only the hot tier exists so far."""
+    """Where the pairs of a conversation are now.
+
+    ``hot_bytes``: pages, sinks and what is recalled from disk; ``warm_bytes``, ``cold_bytes``: the archive in memory and
+    on disk; ``digest_bytes``: what finds its blocks; ``lost_tokens``: neither memory nor disk had room for them.
+    """
 
     hot_bytes: int
     hot_tokens: int
@@ -38,6 +44,13 @@ class KVUsage:
     warm_bytes: int = 0
     cold_bytes: int = 0
     digest_bytes: int = 0
+    lost_tokens: int = 0
+    flash_bytes_read: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that is in memory."""
+        return self.hot_bytes + self.warm_bytes + self.digest_bytes
 
     def to_json(self) -> dict[str, int]:
         return {
@@ -47,6 +60,8 @@ class KVUsage:
             "digest_bytes": self.digest_bytes,
             "hot_tokens": self.hot_tokens,
             "total_tokens": self.total_tokens,
+            "lost_tokens": self.lost_tokens,
+            "flash_bytes_read": self.flash_bytes_read,
         }
 
 
@@ -54,7 +69,8 @@ class KVCache:
     """An owned cache: closing it frees its memory at once; a fork shares pages until one of the two writes.
 
     ``hot_tokens`` None keeps everything, until one is set; with it `demote` leaves that many per KV head: the sinks,
-    the window and the best-scored others.
+    the window and the best-scored others. With an ``archive`` nothing is forgotten: what `demote` removes is kept there,
+    and recalled when a query needs it.
     """
 
     def __init__(
@@ -65,10 +81,13 @@ class KVCache:
         hot_tokens: int | None,
         threads: int = 1,
         limit_bytes: int = 0,
+        archive: ArchiveOptions | None = None,
     ) -> None:
         self._shape = shape
         self._settings = settings
         self._scorer = find_scorer(settings.scorer)
+        self._threads = threads
+        self._archive = archive
         self.hot_tokens = hot_tokens
         self.total_tokens = 0
         self._native = kernels.KVCache(
@@ -80,6 +99,7 @@ class KVCache:
             threads=threads,
             observed_queries=self._scorer.observed_queries,  # kept even with no budget: one may come later
             limit_bytes=limit_bytes,
+            archive=archive.native(shape.head_size) if archive else None,
         )
 
     @property
@@ -123,16 +143,31 @@ class KVCache:
 
     def usage(self) -> KVUsage:
         """Bytes and tokens by tier."""
-        return KVUsage(self._native.bytes, self.held_tokens(), self.total_tokens)
+        archive = self._native.archive_usage()
+        return KVUsage(
+            self._native.bytes + archive["sink_bytes"] + archive["recalled_bytes"],
+            self.held_tokens(),
+            self.total_tokens,
+            archive["warm_bytes"],
+            archive["cold_bytes"],
+            archive["digest_bytes"],
+            archive["lost_tokens"],
+            archive["flash_bytes_read"],
+        )
 
     def demote(self, hot_tokens: int | None = None) -> None:
         """Prunes every layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one).
+
+        With an archive up to `CELL_TOKENS` - 1 more stay, and the sinks count although they are kept there.
 
         Raises:
             CacheFullError: pages are shared with a fork and there is no room for copies; every layer is consistent.
         """
         budget = self.hot_tokens if hot_tokens is None else hot_tokens
         if budget is None:
+            return
+        if self._archive is not None:
+            self._archive_before_window(self._archive, budget)
             return
         for layer in range(self._shape.layers):
             if max(self._native.tokens(layer, head) for head in range(self._shape.kv_heads)) > budget:
@@ -148,6 +183,45 @@ class KVCache:
         scores[:, max(scores.shape[1] - self._settings.window, 0) :] = np.inf
         best = np.argpartition(scores, -budget, axis=1)[:, -budget:]
         self._native.retain_layer(layer, np.sort(best, axis=1).astype(np.int32))
+
+    def _archive_before_window(self, archive: ArchiveOptions, budget: int) -> None:
+        until = (self.total_tokens - archive.window) // CELL_TOKENS * CELL_TOKENS
+        before = self._native.archived_until
+        if until <= before or until < archive.sinks:
+            return
+        kept = budget - archive.sinks - archive.window
+        beyond_reach = 0 < archive.reach < self.total_tokens
+        scored = kept > 0 and not beyond_reach
+        mixed = find_codec(archive.codec).mixed
+        scores = [self._archive_scores(layer, until) for layer in range(self._shape.layers)] if scored or mixed else []
+        blocks = None
+        if mixed:
+            tokens = np.stack([layer_scores[:, -(until - before) :] for layer_scores in scores])
+            blocks = tokens.reshape(*tokens.shape[:2], -1, BLOCK_TOKENS).max(axis=-1)
+        try:
+            self._native.archive(until, blocks, threads=self._threads)
+            if scored:
+                for layer, layer_scores in enumerate(scores):
+                    self._keep_scored(layer, layer_scores, kept)
+            else:
+                self._native.drop_archived()
+        except RuntimeError as error:
+            raise CacheFullError(str(error)) from None
+
+    def _archive_scores(self, layer: int, until: int) -> NDArray[np.float32]:
+        """Scores of the hot tokens before ``until`` [kv_heads, tokens]; the sinks are attended anyway."""
+        view = self._view(layer)
+        scores = self._scorer.score(view)
+        assert self._archive is not None
+        scores[view.positions < round_up(self._archive.sinks, BLOCK_TOKENS)] = -np.inf
+        return scores[:, : np.searchsorted(view.positions[0], until)]
+
+    def _keep_scored(self, layer: int, scores: NDArray[np.float32], kept: int) -> None:
+        tokens, old = self._native.tokens(layer, 0), scores.shape[1]
+        kept = min(kept, int(np.isfinite(scores).sum(axis=1).min()))
+        best = np.sort(np.argpartition(scores, old - kept, axis=1)[:, old - kept :], axis=1) if kept else scores[:, :0]
+        recent = np.broadcast_to(np.arange(old, tokens), (scores.shape[0], tokens - old))
+        self._native.retain_layer(layer, np.concatenate([best, recent], axis=1).astype(np.int32))
 
     def _view(self, layer: int) -> LayerView:
         tokens, heads = self._native.tokens(layer, 0), self._shape.kv_heads

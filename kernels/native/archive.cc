@@ -252,9 +252,11 @@ void Archive::read(int layer_index, int kv_head, int from, float* keys, float* v
   }
 }
 
+int32_t Archive::first_seen(int32_t last) const { return settings_.reach ? std::max(0, last + 1 - settings_.reach) : 0; }
+
 int32_t Archive::seen_position(int page, int32_t last) const {
-  const int32_t from = settings_.reach ? std::max(0, last + 1 - settings_.reach) + settings_.sinks : 0;
-  return std::max(page * kDigestTokens, from);
+  const int32_t sinks_at = first_seen(last);
+  return std::max(page * kDigestTokens, sinks_at ? sinks_at + settings_.sinks : 0);
 }
 
 void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, int half,
@@ -268,10 +270,14 @@ void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, i
 
 bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }
 
-void Archive::recall(int layer_index, int kv_head, const std::vector<int32_t>& chosen) {
+void Archive::recall(int layer, int kv_head, const std::vector<int32_t>& chosen) {
+  Recalled& recalled = head(layer, kv_head).recalled;
+  if (recalled.blocks != chosen) recalled = gather(layer, kv_head, chosen);
+}
+
+Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vector<int32_t>& chosen) const {
   const Layer& layer = layers_[layer_index];
-  Head& h = head(layer_index, kv_head);
-  if (h.recalled.blocks == chosen) return;
+  const Head& h = layer.heads[kv_head];
   Recalled now;
   now.blocks = chosen;
   size_t cold = 0;
@@ -284,14 +290,13 @@ void Archive::recall(int layer_index, int kv_head, const std::vector<int32_t>& c
   const Recalled& before = h.recalled;
   for (size_t i = 0; i < chosen.size(); ++i) {
     if (now.at[i] < 0) continue;
-    const auto held = std::lower_bound(before.blocks.begin(), before.blocks.end(), chosen[i]);
-    const size_t j = size_t(held - before.blocks.begin());
-    if (held != before.blocks.end() && *held == chosen[i] && before.at[j] >= 0)
+    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), chosen[i]) - before.blocks.begin());
+    if (j < before.blocks.size() && before.blocks[j] == chosen[i] && before.at[j] >= 0)
       std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, chosen[i]));
     else
       fetch(layer, h, kv_head, chosen[i], now.bytes.data() + now.at[i]);
   }
-  h.recalled = std::move(now);
+  return now;
 }
 
 void Archive::expect(int layer_index) const {
@@ -305,22 +310,30 @@ void Archive::expect(int layer_index) const {
     }
 }
 
-void Archive::attended(int layer_index, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
-                       std::vector<StoredBlock>& out) const {
+void Archive::sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const {
+  const Head& h = head(layer, kv_head);
+  for (int at = 0; at < settings_.sinks; at += kBlockTokens)
+    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at, 0, nullptr});
+}
+
+void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const std::vector<int32_t>& chosen,
+                              const Recalled& source, const std::vector<int32_t>& hot_positions,
+                              std::vector<StoredBlock>& out) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
-  int32_t next = settings_.reach ? std::max(0, last + 1 - settings_.reach) : 0;
-  out.clear();
-  for (int at = 0; at < settings_.sinks; at += kBlockTokens, next += kBlockTokens)
-    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, next, 0, nullptr});
-  for (size_t i = 0; i < h.recalled.blocks.size(); ++i) {
-    const int block = h.recalled.blocks[i], position = block * kBlockTokens;
+  int32_t next = first_seen(last) + settings_.sinks;
+  size_t i = 0;
+  for (const int32_t block : chosen) {
+    while (source.blocks[i] != block) ++i;  // both ascend
+    const int position = block * kBlockTokens;
     uint16_t hidden = 0;
     for (auto p = std::lower_bound(hot_positions.begin(), hot_positions.end(), position);
          p != hot_positions.end() && *p < position + kBlockTokens; ++p)
       hidden |= uint16_t(1) << (*p - position);
-    const uint8_t* data = h.recalled.bytes.data() + h.recalled.at[i];
-    if (h.recalled.at[i] < 0) {
+    const uint8_t* data = nullptr;
+    if (source.at[i] >= 0) {
+      data = source.bytes.data() + source.at[i];
+    } else {
       const int cell = block / kCellBlocks;
       const Extent& extent = extent_of(layer, cell);
       data = extent.memory.get() + (size_t(kv_head) * extent.cells + (cell - extent.first_cell)) * cell_bytes_ +

@@ -77,15 +77,18 @@ class Archive {
     std::vector<uint8_t> bytes;           // of those that came from a file, block by block
     std::vector<int32_t> at;              // offset into bytes; -1: read in place
   };
-  // Makes `chosen` (ascending) the recalled blocks of a head, reading what is cold. Thread-safe for different heads.
+  // Makes `chosen` (ascending) the recalled blocks of a head, for the decode steps to come, reading what is cold and not
+  // recalled already. Thread-safe for different heads; so is gather, which leaves those as they are.
   void recall(int layer, int kv_head, const std::vector<int32_t>& chosen);
+  Recalled gather(int layer, int kv_head, const std::vector<int32_t>& chosen) const;
   const Recalled& recalled(int layer, int kv_head) const { return head(layer, kv_head).recalled; }
   bool available(int layer, int block) const;  // false: its cell was lost
   // Tells the system which file ranges this layer's last choice was in: the next will be near it.
   void expect(int layer) const;
-  // The sinks and the recalled blocks as attention reads them; positions are moved inside `reach` of `last`.
-  void attended(int layer, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
-                std::vector<StoredBlock>& out) const;
+  // What attention reads, moved inside `reach` of position `last`: the sinks; and `chosen` ones of the blocks in `source`.
+  void sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const;
+  void recalled_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& chosen, const Recalled& source,
+                       const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const;
   // Where a page is to be scored, seen from a query at `last`.
   int32_t seen_position(int page, int32_t last) const;
 
@@ -126,6 +129,7 @@ class Archive {
   size_t bytes_of(const Head& h, int block) const { return is_high(h, block) ? high_bytes_ : low_bytes_; }
   void calibrate_head(Head&, const Incoming&, const RopeTable&);
   void append_head(Head&, const Incoming&, int cells, uint8_t* out, const RopeTable&);
+  int32_t first_seen(int32_t last) const;  // the position where the sinks lie for a query at `last`
   void fetch(const Layer&, const Head&, int kv_head, int block, uint8_t* out) const;
   void spill();
 

@@ -3,18 +3,20 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
+#include <cstdlib>
 
 #include "kv_cache.h"
 #include "rotate.h"
 
 namespace satchel {
+static int sx(const char* n, int d) { const char* v = getenv(n); return v ? atoi(v) : d; }
 
 namespace {
 constexpr int kTaskRows = 96;        // query rows of one attention task: a page is converted once for them
-constexpr int kScoredTokens = 128;   // of a chunk: evenly spaced ones choose the blocks for all
-constexpr int kQuestionTokens = 64;  // up to so many, a block that one query needs is chosen; above, what all need
+// Neighbouring queries choose blocks together: few of them, so that each finds what it needs. In a long chunk (a document
+// that is read) more share a choice, and every fourth has a vote: a choice costs a pass over all digests.
+constexpr int kLongChunk = 64, kQueriesOfLongChunk = 16, kQueriesOfShortChunk = 4, kVoterStride = 4;
 }  // namespace
 
 void KVCache::attend(const AttentionSettings& s, const float* queries, const float* keys, const float* values,
@@ -55,11 +57,14 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
 
   const bool recall = archive_ && !archive_->empty() && s.window == 0;  // a sliding window needs nothing older
   const int splits = splits_for(tokens * G, recall);
+  if (recall) prepare_archive_rope(s, work_.positions.back());
   attend_hot(s, tokens, splits, recall, out, parallel);
   if (recall) {
-    prepare_archive_rope(s, work_.positions.back());
-    choose_blocks(s, tokens, splits, parallel);
-    attend_recalled(s, tokens, splits, out, parallel);
+    const bool single = tokens == 1;
+    std::vector<Choice> choices = single ? std::vector<Choice>() : choices_of(tokens);
+    if (single && choice_is_due(s.layer)) choices = choices_of(1);
+    if (!choices.empty()) choose_blocks(s, tokens, splits, choices, parallel);
+    attend_recalled(s, tokens, splits, choices, out, parallel);
   }
   if (splits > 1) merge(splits, tokens, out);
 }
@@ -102,14 +107,16 @@ void KVCache::copy_rows(const AttentionTask& task, int kv, int first_row, float*
   }
 }
 
-void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, bool more_follows, float* out,
+void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, bool recall, float* out,
                          const Parallel& parallel) {
   const int KV = shape_.kv_heads, rows = tokens * shape_.heads / KV;
   const int blocks = (rows + kTaskRows - 1) / kTaskRows;
   const Layer& layer = layers_[s.layer];
   std::vector<std::vector<PageView>> pages(KV);
+  std::vector<std::vector<StoredBlock>> sinks(KV);
   for (int kv = 0; kv < KV; ++kv) {
     const Head& head = layer.heads[kv];
+    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), sinks[kv]);
     for (size_t p = 0; p < head.pages.size(); ++p) {
       const Page& page = *head.pages[p];
       pages[kv].push_back({page.keys(), page.values(), page.positions(),
@@ -128,7 +135,12 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
     AttentionTask task = task_of(s, kv, split, first, last, rows);
     task.pages = pages[kv].data() + all * split / splits;
     task.pages_count = all * (split + 1) / splits - all * split / splits;
-    task.normalize = splits == 1 && !more_follows;
+    if (split == 0 && recall) {
+      task.blocks = sinks[kv].data();
+      task.blocks_count = int(sinks[kv].size());
+      task.rope = work_.table.view();
+    }
+    task.normalize = splits == 1 && !recall;
     active_variant().attend(task);
     if (task.normalize) copy_rows(task, kv, first, out);
   });
@@ -152,87 +164,104 @@ void KVCache::prepare_archive_rope(const AttentionSettings& s, int last) {
   w.page_ropes_frequencies = w.rope_frequencies;
 }
 
-// Chooses the blocks that this chunk's queries need, for each KV head; while decoding, every few steps.
-void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, const Parallel& parallel) {
+bool KVCache::choice_is_due(int layer) {
+  const int last = work_.positions.back(), at = archive_->chosen_at(layer);
+  return at < 0 || last < at || last - at >= archive_->settings().recall_every;
+}
+
+std::vector<KVCache::Choice> KVCache::choices_of(int tokens) const {
+  const int each = tokens > kLongChunk ? sx("SX_LONG",kQueriesOfLongChunk) : sx("SX_SHORT",kQueriesOfShortChunk);
+  std::vector<Choice> choices;
+  for (int kv = 0; kv < shape_.kv_heads; ++kv)
+    for (int first = 0; first < tokens; first += each)
+      choices.push_back({kv, first, std::min(tokens, first + each), {}});
+  return choices;
+}
+
+// For each choice the blocks that its queries need most.
+void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, std::vector<Choice>& choices,
+                            const Parallel& parallel) {
   const ArchiveSettings& settings = archive_->settings();
   const int KV = shape_.kv_heads, D = shape_.head_size, G = shape_.heads / KV, rows = tokens * G;
-  const int last = work_.positions.back();
-  int& chosen_at = archive_->chosen_at(s.layer);
-  if (tokens == 1 && chosen_at >= 0 && last >= chosen_at && last - chosen_at < settings.recall_every) return;
-  chosen_at = last;
   const int first_block = settings.sinks / kBlockTokens, all = archive_->blocks();
-  const int wanted = std::min(settings.recall_tokens / kBlockTokens, all - first_block);
-  const size_t width = size_t(archive_->pages()) * kDigestBlocks;
-  std::vector<std::vector<float>> votes(KV, std::vector<float>(width, 0));
-
-  if (wanted > 0 && wanted < all - first_block) {
-    // The rows that vote, with what the hot tier gave them.
-    const int stride = (tokens + kScoredTokens - 1) / kScoredTokens, voters = (tokens + stride - 1) / stride * G;
-    std::vector<float> queries(size_t(KV) * voters * D), maxima(size_t(KV) * voters), weights(maxima.size());
-    for (int kv = 0; kv < KV; ++kv)
-      for (int v = 0; v < voters; ++v) {
-        const size_t row = size_t(kv) * rows + size_t(v / G) * stride * G + v % G, at = size_t(kv) * voters + v;
-        std::copy_n(work_.queries.data() + row * D, D, queries.data() + at * D);
-        float peak = -std::numeric_limits<float>::infinity(), total = 0;
-        for (int i = 0; i < splits; ++i) peak = std::max(peak, work_.maxima[size_t(i) * KV * rows + row]);
-        for (int i = 0; i < splits; ++i)
-          if (const float w = work_.weights[size_t(i) * KV * rows + row]; w > 0)
-            total += w * std::exp(work_.maxima[size_t(i) * KV * rows + row] - peak);
-        maxima[at] = peak;
-        weights[at] = total;
-      }
-    constexpr int kVoters = 48;  // of one task
-    const int groups = (voters + kVoters - 1) / kVoters;
-    std::vector<std::vector<DigestPage>> pages(KV);
-    for (int kv = 0; kv < KV; ++kv) archive_->digests(s.layer, kv, work_.page_ropes, s.rope_dims / 2, pages[kv]);
-    std::mutex mutex;
-    const bool strongest = tokens <= kQuestionTokens;
-    parallel(size_t(KV) * groups, [&](size_t index) {
-      const int kv = int(index / groups), first = int(index % groups) * kVoters;
-      std::vector<float> own(width, 0);
-      const size_t at = size_t(kv) * voters + first;
-      ScoreTask task{settings.retriever, &archive_->basis(s.layer, kv), D, s.rope_dims / 2, queries.data() + at * D,
-                     std::min(kVoters, voters - first), pages[kv].data(), int(pages[kv].size()), maxima.data() + at,
-                     weights.data() + at, strongest, own.data()};
-      active_variant().score(task);
-      std::lock_guard<std::mutex> lock(mutex);
-      for (size_t i = 0; i < width; ++i) votes[kv][i] = strongest ? std::max(votes[kv][i], own[i]) : votes[kv][i] + own[i];
-    });
+  const int wanted = std::min(sx("SX_RECALL", settings.recall_tokens) / kBlockTokens, all - first_block);
+  archive_->chosen_at(s.layer) = work_.positions.back();
+  std::vector<int32_t> candidates;
+  for (int block = first_block; block < all; ++block)
+    if (archive_->available(s.layer, block)) candidates.push_back(block);
+  if (int(candidates.size()) <= wanted) {
+    for (Choice& choice : choices) choice.blocks = candidates;
+    return;
   }
-  archive_->expect((s.layer + 1) % shape_.layers);
-  parallel(size_t(KV), [&](size_t kv) {
-    std::vector<int32_t> chosen;
-    for (int block = first_block; block < all; ++block)
-      if (archive_->available(s.layer, block)) chosen.push_back(block);
-    if (int(chosen.size()) > wanted) {
-      const std::vector<float>& v = votes[kv];
-      std::nth_element(chosen.begin(), chosen.begin() + wanted, chosen.end(),
-                       [&](int32_t a, int32_t b) { return v[a] != v[b] ? v[a] > v[b] : a > b; });
-      chosen.resize(wanted);
-      std::sort(chosen.begin(), chosen.end());
+  std::vector<std::vector<DigestPage>> pages(KV);
+  for (int kv = 0; kv < KV; ++kv) archive_->digests(s.layer, kv, work_.page_ropes, s.rope_dims / 2, pages[kv]);
+  parallel(choices.size(), [&](size_t index) {
+    Choice& choice = choices[index];
+    const int stride = tokens > kLongChunk ? sx("SX_STRIDE",kVoterStride) : 1;
+    const int voters = (choice.last - choice.first + stride - 1) / stride * G;
+    std::vector<float> queries(size_t(voters) * D), maxima(voters), weights(voters);
+    for (int v = 0; v < voters; ++v) {
+      const int row = (choice.first + v / G * stride) * G + v % G;
+      std::copy_n(work_.queries.data() + (size_t(choice.kv_head) * rows + row) * D, D, queries.data() + size_t(v) * D);
+      float peak = -std::numeric_limits<float>::infinity(), total = 0;
+      for (int i = 0; i < splits; ++i) peak = std::max(peak, work_.maxima[(size_t(i) * KV + choice.kv_head) * rows + row]);
+      for (int i = 0; i < splits; ++i) {
+        const size_t at = (size_t(i) * KV + choice.kv_head) * rows + row;
+        if (work_.weights[at] > 0) total += work_.weights[at] * std::exp(work_.maxima[at] - peak);
+      }
+      maxima[v] = peak;
+      weights[v] = total;
     }
-    archive_->recall(s.layer, int(kv), chosen);
+    std::vector<float> votes(size_t(archive_->pages()) * kDigestBlocks, 0);
+    const std::vector<DigestPage>& seen = pages[choice.kv_head];
+    active_variant().score({settings.retriever, &archive_->basis(s.layer, choice.kv_head), D, s.rope_dims / 2,
+                            queries.data(), voters, seen.data(), int(seen.size()), maxima.data(), weights.data(),
+                            sx("SX_MAX", 1)!=0, votes.data()});
+    choice.blocks = candidates;
+    std::nth_element(choice.blocks.begin(), choice.blocks.begin() + wanted, choice.blocks.end(), [&](int32_t a, int32_t b) {
+      return votes[a] != votes[b] ? votes[a] > votes[b] : a > b;
+    });
+    choice.blocks.resize(wanted);
+    std::sort(choice.blocks.begin(), choice.blocks.end());
   });
 }
 
-void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, float* out, const Parallel& parallel) {
-  const int KV = shape_.kv_heads, rows = tokens * shape_.heads / KV;
-  const int row_blocks = (rows + kTaskRows - 1) / kTaskRows;
+// The queries of a chunk attend to the blocks of their choice; a single query to the blocks that were chosen last.
+void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, const std::vector<Choice>& choices,
+                              float* out, const Parallel& parallel) {
+  const int KV = shape_.kv_heads, G = shape_.heads / KV, rows = tokens * G, last = work_.positions.back();
   const Layer& layer = layers_[s.layer];
-  std::vector<std::vector<StoredBlock>> blocks(KV);
-  std::vector<int32_t> still_hot;
-  for (int kv = 0; kv < KV; ++kv) {
+  std::vector<std::vector<int32_t>> still_hot(KV);
+  std::vector<Archive::Recalled> gathered(KV);
+  archive_->expect((s.layer + 1) % shape_.layers);
+  parallel(size_t(KV), [&](size_t kv) {
     const Head& head = layer.heads[kv];
-    still_hot.clear();
     for (int t = 0; t < head.tokens && position_of(head, t) < archive_->end(); ++t)
-      still_hot.push_back(position_of(head, t));
-    archive_->attended(s.layer, kv, work_.positions.back(), still_hot, blocks[kv]);
-  }
-  parallel(size_t(splits) * KV * row_blocks, [&](size_t index) {
-    const int row_block = int(index / (size_t(splits) * KV)), split = int(index % splits), kv = int(index / splits % KV);
-    const int first = row_block * kTaskRows, last = std::min(rows, first + kTaskRows), all = int(blocks[kv].size());
-    AttentionTask task = task_of(s, kv, split, first, last, rows);
-    task.blocks = blocks[kv].data() + all * split / splits;
+      still_hot[kv].push_back(position_of(head, t));
+    if (choices.empty()) return;
+    std::vector<int32_t> needed;
+    for (const Choice& choice : choices)
+      if (choice.kv_head == int(kv)) needed.insert(needed.end(), choice.blocks.begin(), choice.blocks.end());
+    std::sort(needed.begin(), needed.end());
+    needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
+    if (tokens == 1)
+      archive_->recall(s.layer, int(kv), needed);
+    else
+      gathered[kv] = archive_->gather(s.layer, int(kv), needed);
+  });
+  const size_t tasks = tokens == 1 ? size_t(KV) : choices.size();
+  parallel(size_t(splits) * tasks, [&](size_t index) {
+    const int split = int(index % splits);
+    const size_t number = index / splits;
+    const int kv = tokens == 1 ? int(number) : choices[number].kv_head;
+    const Archive::Recalled& source = tokens == 1 ? archive_->recalled(s.layer, kv) : gathered[kv];
+    std::vector<StoredBlock> blocks;
+    archive_->recalled_blocks(s.layer, kv, last, tokens == 1 ? source.blocks : choices[number].blocks, source,
+                              still_hot[kv], blocks);
+    const int first = tokens == 1 ? 0 : choices[number].first * G, end = tokens == 1 ? G : choices[number].last * G;
+    AttentionTask task = task_of(s, kv, split, first, end, rows);
+    const int all = int(blocks.size());
+    task.blocks = blocks.data() + all * split / splits;
     task.blocks_count = all * (split + 1) / splits - all * split / splits;
     task.rope = work_.table.view();
     task.resume = true;

@@ -102,10 +102,17 @@ class KVCache {
   int splits_for(int rows, bool recall) const;
   AttentionTask task_of(const AttentionSettings&, int kv, int split, int first_row, int last_row, int rows);
   void copy_rows(const AttentionTask&, int kv, int first_row, float* out) const;
-  void attend_hot(const AttentionSettings&, int tokens, int splits, bool more_follows, float* out, const Parallel&);
+  void attend_hot(const AttentionSettings&, int tokens, int splits, bool recall, float* out, const Parallel&);
   void prepare_archive_rope(const AttentionSettings&, int last);
-  void choose_blocks(const AttentionSettings&, int tokens, int splits, const Parallel&);
-  void attend_recalled(const AttentionSettings&, int tokens, int splits, float* out, const Parallel&);
+  struct Choice {  // of tokens first .. last of a chunk, for one KV head
+    int kv_head, first, last;
+    std::vector<int32_t> blocks;
+  };
+  bool choice_is_due(int layer);
+  std::vector<Choice> choices_of(int tokens) const;
+  void choose_blocks(const AttentionSettings&, int tokens, int splits, std::vector<Choice>&, const Parallel&);
+  void attend_recalled(const AttentionSettings&, int tokens, int splits, const std::vector<Choice>&, float* out,
+                       const Parallel&);
   void merge(int splits, int tokens, float* out) const;
 
   CacheShape shape_;

@@ -1,0 +1,60 @@
+"""How pairs that leave the hot tier are kept: the numbers that the native archive is made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .codecs import find_codec
+from .retrievers import find_retriever
+
+CELL_TOKENS = 64
+"""Pairs are archived in steps of so many tokens: a page of the hot tier."""
+BLOCK_TOKENS = 16
+"""Pairs are recalled in blocks of so many."""
+
+
+@dataclass(frozen=True)
+class ArchiveOptions:
+    """``sinks`` first tokens are attended always, ``recall_tokens`` per KV head are recalled for each chunk of queries,
+    while answering every ``recall_every`` tokens. ``window`` tokens stay hot.
+
+    ``reach``: positions that attention may span (the context that the model was trained for), 0 for no bound; what is
+    farther away is attended as if it were nearer (InfLLM, arXiv 2402.04617).
+    ``warm_bytes`` of encoded pairs stay in memory; older ones go to a nameless file in ``cold_folder``, at most
+    ``cold_bytes`` of them.
+    """
+
+    codec: str
+    retriever: str
+    sinks: int
+    window: int
+    recall_tokens: int
+    recall_every: int
+    reach: int
+    warm_bytes: int
+    cold_folder: str = ""
+    cold_bytes: int = 0
+
+    def native(self, head_size: int) -> dict[str, object]:
+        """As `kernels.KVCache` takes them."""
+        codec, retriever = find_codec(self.codec), find_retriever(self.retriever)
+        high, low = codec.high(head_size), codec.low(head_size)
+        return {
+            "high": (high.key_bits, high.value_bits, high.nonuniform, high.outliers),
+            "low": (low.key_bits, low.value_bits, low.nonuniform, low.outliers),
+            "digest": retriever.digest,
+            "channels": retriever.channels,
+            "sinks": round_up(self.sinks, BLOCK_TOKENS),
+            "recall_tokens": round_up(self.recall_tokens, BLOCK_TOKENS),
+            "recall_every": self.recall_every,
+            "window": self.window,
+            "reach": self.reach,
+            "warm_limit_bytes": self.warm_bytes,
+            "cold_folder": self.cold_folder,
+            "cold_limit_bytes": self.cold_bytes,
+        }
+
+
+def round_up(tokens: int, step: int) -> int:
+    """``tokens`` as a multiple of ``step``."""
+    return -(-tokens // step) * step
