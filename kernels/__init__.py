@@ -7,9 +7,30 @@ obvious NumPy twin of every kernel.
 from __future__ import annotations
 
 from . import _native
-from ._native import PAGE_TOKENS, KVCache, active_variant, select_variant, variants
+from ._native import (
+    ENTROPY_BLOCK_BYTES,
+    ENTROPY_MAX_RATIO,
+    PAGE_TOKENS,
+    KVCache,
+    active_variant,
+    entropy_decode,
+    entropy_encode,
+    select_variant,
+    variants,
+)
 
 CUSTOM_OP_LIBRARY: str = str(_native.__file__)
 """Path of the library to register with an ONNX Runtime session (operators of the domain ``satchel``)."""
 
-__all__ = ["CUSTOM_OP_LIBRARY", "PAGE_TOKENS", "KVCache", "active_variant", "select_variant", "variants"]
+__all__ = [
+    "CUSTOM_OP_LIBRARY",
+    "ENTROPY_BLOCK_BYTES",
+    "ENTROPY_MAX_RATIO",
+    "PAGE_TOKENS",
+    "KVCache",
+    "active_variant",
+    "entropy_decode",
+    "entropy_encode",
+    "select_variant",
+    "variants",
+]
