@@ -278,12 +278,12 @@ class SnapshotStore:
                                "raise --cache-limit or close other sessions")
 
     def _remove(self, path: Path) -> bool:
-        """False when it is in use, or gone. Raises StorageError."""
+        """Whether it is gone; if not, it is in use. Raises StorageError."""
         with storage_errors(path.parent):
             try:
                 return _remove_unless_locked(path)
             except FileNotFoundError:
-                return False
+                return True
 
     def _folders(self) -> Iterator[Path]:
         try:
@@ -309,7 +309,7 @@ def _common_prefix(a: Tokens, b: Tokens) -> int:
 
 
 def _remove_unless_locked(path: Path) -> bool:
-    """Whether the file was removed. Windows has no such lock here: it refuses to remove what is open."""
+    """Whether the file is gone. Windows needs no lock for this: it refuses to remove what is open."""
     if sys.platform == "win32":
         try:
             path.unlink()
@@ -321,9 +321,8 @@ def _remove_unless_locked(path: Path) -> bool:
         with contextlib.suppress(LockUnsupportedError):  # then an open file stays readable after its removal
             if not try_lock(descriptor):
                 return False
-        if not is_linked(descriptor, path):
-            return False
-        path.unlink()
+        if is_linked(descriptor, path):  # else it was replaced or removed while we opened it
+            path.unlink()
         return True
     finally:
         os.close(descriptor)
