@@ -30,6 +30,7 @@ from .layout import (
     NewerVersionError,
     Preamble,
     Section,
+    is_zero,
     parse_directory,
 )
 
@@ -219,7 +220,7 @@ class Snapshot:
             raise _damaged(self.path, f"section {section.name!r} has bytes left over")
 
     def _verify_zeros(self, begin: int, end: int) -> None:
-        if any(self._checked_read(begin, end - begin)):
+        if not is_zero(self._checked_read(begin, end - begin)):
             raise _damaged(self.path, f"the bytes from {begin} on should be zero")
 
     def _checked_read(self, offset: int, length: int) -> bytes:
