@@ -198,12 +198,12 @@ void decode_rans(Reader in, uint8_t* out, size_t n) {
   size_t i = 0;
   const uint8_t* words = in.at;
   while (n - i >= kStates && in.end - words >= 2 * kStates) {
+#pragma GCC unroll 8  // keeps the states in registers
     for (int j = 0; j < kStates; ++j) {
       step(x[j], out[i + j]);
-      const bool low = x[j] < kLowest;
-      const uint32_t refilled = x[j] << 16 | load16(words);
-      x[j] = low ? refilled : x[j];
-      words += low ? 2 : 0;
+      const uint32_t low = x[j] < kLowest;  // as a number: a branch here would be guessed wrong every few symbols
+      x[j] = x[j] << (16 * low) | (load16(words) & (0u - low));
+      words += 2 * low;
     }
     i += kStates;
   }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from satchel.cache.snapshots import RAW, SnapshotStore, Subject, settings_key
 from satchel.cache.snapshots import store as store_module
+from satchel.cache.snapshots.entry import metadata_of
 from satchel.errors import OptionError, SnapshotError, StorageError
 
 MODEL = "0123456789abcdef" * 4
@@ -244,7 +245,7 @@ def test_altered_tokens_are_never_matched(store: SnapshotStore, notices: list[st
     {"documents": [1]}, {"documents": None}, {"created": None}, {"settings": []}, {"head": 1}, {"model": {}}])
 def test_odd_metadata(store: SnapshotStore, notices: list[str], change: dict[str, object],
                       monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = store_module.metadata_of
+    whole = metadata_of
     monkeypatch.setattr(store_module, "metadata_of", lambda *given: whole(*given) | change)
     path = save(store, range(40))
     monkeypatch.undo()
