@@ -7,7 +7,10 @@ Targets are the rows of TARGETS. Small valid files are mutated (bits, bytes, num
 structure), half of the snapshots with their checksums made right again, so that the code behind the checksums is
 reached as well. A mutant that raises something else or takes more than ten seconds is kept and named, and the exit code
 is 1; so is a crash, by the process's end: run with --keep FILE to have the last mutant on the disk. With the native
-library built under AddressSanitizer (SATCHEL_CXXFLAGS=-fsanitize=address) run it the same way.
+library built under AddressSanitizer (SATCHEL_CXXFLAGS="-fsanitize=address -g1") run it as
+
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" \\
+        ASAN_OPTIONS=detect_leaks=0 python benchmarks/fuzz_files.py --target snapshot --target entropy
 """
 
 from __future__ import annotations
