@@ -14,6 +14,7 @@ from .errors import (
     ModelError,
     OptionError,
     SatchelError,
+    SnapshotError,
     StorageError,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "ModelError",
     "OptionError",
     "SatchelError",
+    "SnapshotError",
     "StorageError",
     "Usage",
     "__version__",

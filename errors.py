@@ -43,5 +43,13 @@ class StorageError(SatchelError):
     """A folder or disk cannot take what must be written (no space, no permission)."""
 
 
+class SnapshotError(StorageError):
+    """A snapshot of a read document cannot be used; ``damaged`` tells whether it should be removed."""
+
+    def __init__(self, message: str, *, damaged: bool = True) -> None:
+        super().__init__(message)
+        self.damaged = damaged
+
+
 class ClosedError(SatchelError):
     """A model or context was used after it was closed."""

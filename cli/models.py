@@ -10,8 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ..devices.files.cache_folder import cache_folder, exported_packages
 from ..devices.sizes import format_size
-from ..export.hub.cache_folder import cache_folder, exported_packages
 from ..export.hub.download import is_verified, model_path
 from ..export.hub.registry import DEFAULT_MODEL, ModelEntry, all_models
 

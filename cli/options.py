@@ -12,10 +12,10 @@ import click
 
 from ..cache.scorers import scorer_names
 from ..cache.settings import CacheSettings
+from ..devices.reporting import Notice, Progress
 from ..devices.sizes import parse_size
 from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
-from ..export.hub.reporting import Notice, Progress
 from ..runtime import Model, load
 from ..runtime.context import DEFAULT_NEW_TOKENS
 from ..runtime.model import DEVICES, Options

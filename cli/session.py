@@ -14,8 +14,8 @@ from threading import Event
 
 import click
 
+from ..devices.reporting import Progress
 from ..errors import DocumentError
-from ..export.hub.reporting import Progress
 from ..runtime import Answer, Context
 from ..runtime.documents import read_documents
 from ..runtime.documents.source import unreadable

@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Protocol
 
+from ..devices.files.cache_folder import package_folder, packages_folder
+from ..devices.files.file_lock import file_lock
+from ..devices.files.safe_write import make_folder, storage_errors, temporary_file, temporary_folder
+from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..errors import ModelError, OptionError, StorageError
 from .architectures import DecoderModel, read_model
-from .hub.cache_folder import package_folder, packages_folder
-from .hub.file_lock import file_lock
-from .hub.reporting import Notice, Progress, log_notice, no_progress
-from .hub.safe_write import make_folder, storage_errors, temporary_file, temporary_folder
 from .native import NativeFlavour
 from .package import (
     EXPORTER_VERSION,

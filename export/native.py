@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..devices.reporting import Progress
 from .architectures import DecoderModel
-from .hub.reporting import Progress
 from .package import DATA_FILE, MODEL_FILE
 from .sources import Source
 from .weights import (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..devices.files.cache_folder import cache_folder
+from ..devices.reporting import Notice, Progress, log_notice
 from ..errors import ModelError
 from .exporter import ensure_package
-from .hub.cache_folder import cache_folder
 from .hub.download import fetch
-from .hub.reporting import Notice, Progress, log_notice
 from .package import Package, open_package
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from . import _native
 from ._native import (
     BLOCK_TOKENS,
+    ENTROPY_BLOCK_BYTES,
+    ENTROPY_MAX_RATIO,
     PAGE_TOKENS,
     HeadStatistics,
     KVCache,
@@ -18,6 +20,8 @@ from ._native import (
     calibrate,
     decode_blocks,
     encode_blocks,
+    entropy_decode,
+    entropy_encode,
     select_variant,
     variants,
 )
@@ -28,6 +32,8 @@ CUSTOM_OP_LIBRARY: str = str(_native.__file__)
 __all__ = [
     "BLOCK_TOKENS",
     "CUSTOM_OP_LIBRARY",
+    "ENTROPY_BLOCK_BYTES",
+    "ENTROPY_MAX_RATIO",
     "PAGE_TOKENS",
     "HeadStatistics",
     "KVCache",
@@ -37,6 +43,8 @@ __all__ = [
     "calibrate",
     "decode_blocks",
     "encode_blocks",
+    "entropy_decode",
+    "entropy_encode",
     "select_variant",
     "variants",
 ]

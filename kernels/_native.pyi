@@ -1,14 +1,21 @@
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 PAGE_TOKENS: int
 BLOCK_TOKENS: int
+ENTROPY_BLOCK_BYTES: int
+ENTROPY_MAX_RATIO: int
 
 def variants() -> list[str]: ...
 def active_variant() -> str: ...
 def select_variant(name: str) -> None: ...
+def entropy_encode(data: Buffer | NDArray[Any], *, planes: int, threads: int = 1) -> bytes: ...
+def entropy_decode(
+    coded: Buffer | NDArray[Any], original_bytes: int, *, planes: int, threads: int = 1
+) -> NDArray[np.uint8]: ...
 def linear(
     x: NDArray[np.float32],
     packed: NDArray[np.uint8],

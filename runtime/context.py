@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from ..cache import CacheFullError, KVCache
 from ..devices.machine import peak_rss_bytes
 from ..devices.planner import Plan
+from ..devices.reporting import Progress
 from ..devices.sizes import format_size
 from ..errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
-from ..export.hub.reporting import Progress
 from .engine import Cancelled
 from .repetition import goes_in_circles
 from .sampling import Sampler, SamplingOptions

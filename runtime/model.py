@@ -17,10 +17,10 @@ from ..cache import CacheSettings, KVCache
 from ..cache.scorers import scorer_names
 from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
 from ..devices.planner import Plan, make_plan
+from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
 from ..export.hub.registry import DEFAULT_MODEL
-from ..export.hub.reporting import Notice, Progress, log_notice, no_progress
 from ..export.package import Package
 from ..export.resolve import resolve_model
 from .chat_template import ChatTemplate

@@ -65,7 +65,9 @@ class Tokenizer:
             settings = TokenizerSettings.from_json(settings)
         try:
             backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, or panics, which Python sees as this
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ModelError(
                 f"{path} cannot be read as a tokenizer ({error}): export the model again"
             ) from error

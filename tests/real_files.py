@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from satchel.devices.files.file_lock import file_lock
+from satchel.devices.files.safe_write import make_folder, scratch_folder
 from satchel.export.hub import all_models, fetch
-from satchel.export.hub.file_lock import file_lock
-from satchel.export.hub.safe_write import make_folder, scratch_folder
 
 WINDOW_TABLE_OFFSET = 0x54  # of bible.data: window size, count, then count + 1 offsets, all big-endian uint32
 COMPRESS_MAGIC = b"\x1f\x9d\x90"  # of the Unix program compress; the data file has it once, not per window

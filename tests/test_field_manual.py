@@ -314,7 +314,7 @@ def test_keys_of_answers() -> None:
 def test_errors() -> None:
     named = {row[0].strip("`") for row in rows(section(16))}
     assert named == {name for name in satchel.__all__ if name.endswith("Error")} - {"SatchelError"}
-    assert len(named) == 8
+    assert len(named) == 9
 
 
 def test_benchmark_defaults() -> None:

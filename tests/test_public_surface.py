@@ -24,6 +24,7 @@ PUBLIC = [
     "ModelError",
     "OptionError",
     "SatchelError",
+    "SnapshotError",
     "StorageError",
     "Usage",
     "__version__",

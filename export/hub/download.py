@@ -10,16 +10,16 @@ import hashlib
 import json
 from pathlib import Path
 
+from ...devices.files.cache_folder import cache_folder, models_folder
+from ...devices.files.file_lock import file_lock
+from ...devices.files.safe_write import make_folder, remove_stale, require_space, storage_errors, temporary_file
+from ...devices.reporting import Notice, Progress, log_notice, no_progress
 from ...devices.sizes import format_size
 from ...errors import DownloadError, ModelError, StorageError
-from .cache_folder import cache_folder, models_folder
-from .file_lock import file_lock
 from .hub_source import HubSource
 from .index_source import IndexSource
 from .part_file import CHUNK_BYTES, part_files
 from .registry import ModelEntry, all_models, find
-from .reporting import Notice, Progress, log_notice, no_progress
-from .safe_write import make_folder, remove_stale, require_space, storage_errors, temporary_file
 from .source import Fetched, Job, Source, SourceError, SourceFactory, WrongContentError
 
 SOURCES: tuple[SourceFactory, ...] = (HubSource, IndexSource)
@@ -32,7 +32,7 @@ def fetch(name: str, *, cache_dir: Path | None = None, progress: Progress | None
     Args:
         name: a name of the registry.
         cache_dir: the cache folder; None = the environment's or the platform's.
-        progress: called as progress(stage, bytes done, bytes in total), see :class:`.reporting.Progress`.
+        progress: called as progress(stage, bytes done, bytes in total), see :class:`devices.reporting.Progress`.
         notice: called with lines that a person should know; None = the logger ``satchel``.
         verify: hash the file even if it was verified before.
 

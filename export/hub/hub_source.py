@@ -14,9 +14,9 @@ import urllib.error
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
+from ...devices.files.safe_write import require_space
 from . import web
 from .part_file import CHUNK_BYTES, PartFile, part_files, part_path
-from .safe_write import require_space
 from .source import Fetched, Job, SourceError, check_content
 
 DEFAULT_ENDPOINT = "https://huggingface.co"

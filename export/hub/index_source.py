@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from ...devices.files.safe_write import no_space_error, require_space, scratch_folder
 from .part_file import CHUNK_BYTES, PartFile, part_path
 from .registry import IndexMember
-from .safe_write import no_space_error, require_space, scratch_folder
 from .source import Fetched, Job, SourceError, check_content
 
 POLL_SECONDS = 0.2

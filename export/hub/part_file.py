@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from .reporting import Progress
-from .safe_write import storage_errors
+from ...devices.files.safe_write import storage_errors
+from ...devices.reporting import Progress
 
 CHUNK_BYTES = 1 << 20
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ...devices.reporting import Notice, Progress
 from .part_file import PartFile
 from .registry import ModelEntry
-from .reporting import Notice, Progress
 
 
 class SourceError(Exception):

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...devices.reporting import Progress
 from ...errors import ModelError
-from ..hub.reporting import Progress
 
 HASH_CHUNK_BYTES = 4 << 20
 

@@ -3,19 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "kv_cache.h"
 #include "module_codec.h"
+#include "threads.h"
 #include "variant.h"
 
 namespace py = pybind11;
 using namespace satchel;
+
+void bind_entropy(py::module_& m);  // module_entropy.cc
 
 namespace {
 
@@ -24,23 +25,6 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 void expect(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
-}
-
-// For benchmarks and tests outside of a graph run: as many short-lived threads as asked for.
-Parallel threads(int count) {
-  if (count <= 1) return serial;
-  return [count](size_t total, const Body& body) {
-    std::atomic<size_t> next{0};
-    Guarded guarded(body);
-    auto work = [&] {
-      for (size_t i; (i = next++) < total;) guarded(i);
-    };
-    std::vector<std::thread> helpers;
-    for (int t = 1; t < count; ++t) helpers.emplace_back(work);
-    work();
-    for (std::thread& helper : helpers) helper.join();
-    guarded.rethrow();
-  };
 }
 
 // The owner of a native cache: closing it frees the memory at once, whatever still holds the handle.
@@ -117,6 +101,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Satchel's native kernels and KV cache; also the ONNX Runtime custom-op library of the domain 'satchel'.";
   m.attr("PAGE_TOKENS") = kPageTokens;
   bind_codecs(m);
+  bind_entropy(m);
 
   m.def("variants", [] {
     std::vector<std::string> names;

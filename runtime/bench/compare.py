@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any, Protocol
 
-from ...export.hub.reporting import Notice, Progress
+from ...devices.reporting import Notice, Progress
 from .process import run_worker
 
 RATIOS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ... import errors
-from ...export.hub.reporting import Notice, Progress
+from ...devices.reporting import Notice, Progress
 
 WORKER = Path(__file__).with_name("worker.py")
 PATIENCE_SECONDS = 10  # for a worker that has said its last word

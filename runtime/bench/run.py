@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...devices.reporting import Notice, Progress, log_notice, no_progress
 from ...errors import ContextLengthError, ModelError, OptionError
 from ...export.hub.download import fetch
-from ...export.hub.reporting import Notice, Progress, log_notice, no_progress
 from ...export.package import Package
 from ...export.resolve import resolve_model
 from ..model import Options

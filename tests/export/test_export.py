@@ -210,7 +210,7 @@ def test_a_stopped_export_leaves_nothing(failure: BaseException, tmp_path: Path)
 
 def test_no_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_tiny_gguf(tmp_path / "m.gguf")
-    monkeypatch.setattr("satchel.export.hub.safe_write.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("satchel.devices.files.safe_write.free_bytes", lambda _: 1000)
     with pytest.raises(StorageError, match=r"needed, .* free"):
         export_model(source, tmp_path / "package")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]

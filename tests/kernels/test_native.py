@@ -49,3 +49,16 @@ def test_the_kernels_on_arm64(tmp_path: Path) -> None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
     output = build_and_run(tmp_path, compiler, "baseline", ["-static"], [runner])
     assert output.count(" ok\n") == 4 * 14 + 4
+
+
+def test_the_entropy_decoder_under_sanitizers(tmp_path: Path) -> None:
+    compiler, program = shutil.which("g++") or shutil.which("c++"), tmp_path / "check"
+    assert compiler, "a C++ compiler is needed to build Satchel, so it is there"
+    files = [str(Path(__file__).parent / "native" / "check_entropy.cc"), str(NATIVE / "entropy.cc")]
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", f"-I{NATIVE}"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    if subprocess.run([compiler, *flags, *sanitizers, *files, "-o", str(program)], capture_output=True).returncode:
+        pytest.skip("the compiler has no address and undefined-behaviour sanitizers (Debian: libasan, libubsan)")
+    done = subprocess.run([str(program), "4000"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("4000 cases, ")

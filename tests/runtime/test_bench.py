@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from satchel.devices.reporting import log_notice, no_progress
 from satchel.errors import ContextLengthError, DocumentError, MemoryLimitError, ModelError, OptionError, SatchelError
-from satchel.export.hub.reporting import log_notice, no_progress
 from satchel.runtime.bench import prepare
 from satchel.runtime.bench.compare import Report, Side, compare
 from satchel.runtime.bench.process import WORKER, run_worker

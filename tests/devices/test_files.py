@@ -1,9 +1,8 @@
-"""The hub without its sources: the registry, the cache folder, safe writing and locks."""
+"""Where things lie, safe writing and locks."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -14,69 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from satchel.errors import ModelError, StorageError
-from satchel.export.hub import (
-    DEFAULT_MODEL,
-    all_models,
-    cache_folder,
-    fetch,
-    find,
-    safe_write,
-)
-from satchel.export.hub.cache_folder import exported_packages, package_folder
-from satchel.export.hub.file_lock import LockUnsupportedError, file_lock
-from satchel.export.hub.registry import REGISTRY_PATH, parse_registry
-from satchel.export.hub.safe_write import remove_stale, temporary_file, temporary_folder
-
-# ------------------------------------------------------------------------------------------------ registry
-
-
-def test_registry_lists_the_three_models_default_first() -> None:
-    assert [entry.name for entry in all_models()] == [DEFAULT_MODEL, "smollm2-135m-instruct", "gemma-3-270m"]
-    assert find(DEFAULT_MODEL).architecture == "qwen2"
-    assert find(DEFAULT_MODEL).context_tokens == 32768
-    assert len(find(DEFAULT_MODEL).index) == 6
-
-
-def test_unknown_name_suggests_and_lists() -> None:
-    with pytest.raises(ModelError, match=r"'SmolLM2-135m': did you mean smollm2-135m-instruct\? .*gemma-3"):
-        find("SmolLM2-135m")
-
-
-def test_unsupported_architecture_is_refused_before_any_download(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"gemma3, which this version does not run; choose one of qwen2.5"):
-        fetch("gemma-3-270m", cache_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"bytes": -1}, "bytes is -1, not a number above 0"),
-    ({"bytes": True}, "bytes is True"),
-    ({"bytes": 5}, "its members have 491400064 bytes, the model 5"),
-    ({"name": "../up"}, "does not match"),
-    ({"sha256": "abc"}, "sha256 'abc' does not match"),
-    ({"kind": "chatty"}, "kind 'chatty' is none of instruct, base"),
-    ({"supported": "yes"}, "supported is 'yes', not true or false"),
-    ({"colour": "red"}, "missing or unknown colour"),
-    ({"licence": ""}, "licence is '', not a text"),
-    ({"hub": []}, "is list, not an object"),
-    ({"index": {}}, "index is dict, not a list"),
-])
-def test_registry_refuses(change: dict[str, object], message: str) -> None:
-    raw = json.loads(REGISTRY_PATH.read_text())
-    raw["models"][0] |= change
-    with pytest.raises(ModelError, match=message):
-        parse_registry(json.dumps(raw))
-
-
-def test_registry_refuses_a_name_twice_and_text_that_is_not_json() -> None:
-    raw = json.loads(REGISTRY_PATH.read_text())
-    raw["models"].append(raw["models"][1])
-    with pytest.raises(ModelError, match="'smollm2-135m-instruct' 2 times"):
-        parse_registry(json.dumps(raw))
-    with pytest.raises(ModelError, match="not JSON"):
-        parse_registry("{")
-
+from satchel.devices.files import safe_write
+from satchel.devices.files.cache_folder import cache_folder, exported_packages, package_folder
+from satchel.devices.files.file_lock import LockUnsupportedError, file_lock, try_lock, try_shared_lock
+from satchel.devices.files.safe_write import remove_stale, temporary_file, temporary_folder
+from satchel.errors import StorageError
 
 # -------------------------------------------------------------------------------------------- cache folder
 
@@ -178,7 +119,7 @@ def test_error_about_a_file_elsewhere_is_not_blamed_on_the_folder(tmp_path: Path
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     script = ("import os, pathlib, signal, sys\n"
-              "from satchel.export.hub.safe_write import temporary_file, temporary_folder\n"
+              "from satchel.devices.files.safe_write import temporary_file, temporary_folder\n"
               "out = pathlib.Path(sys.argv[1])\n"
               "with temporary_file(out / 'a') as f, temporary_folder(out / 'b') as d:\n"
               "    (d / 'x').touch()\n"
@@ -229,3 +170,27 @@ def test_lock_waits_and_says_so(tmp_path: Path) -> None:
     assert order == ["first", "second"]
     assert notices == ["another process is cooking; waiting for it"]
     assert not (tmp_path / "lock").exists()
+
+
+def test_lock_gives_up_when_patience_ends(tmp_path: Path) -> None:
+    with file_lock(tmp_path / "lock", "cooking"):
+        waiting = file_lock(tmp_path / "lock", "cooking", poll_seconds=0.01, patience_seconds=0.05)
+        with pytest.raises(StorageError, match="another process has been cooking for 0 s and holds .*; wait"), waiting:
+            raise AssertionError("two hold the lock")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no shared locks")
+def test_many_readers_or_one_owner(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    first, second, third = (os.open(tmp_path / "file", os.O_RDONLY) for _ in range(3))
+    assert try_shared_lock(first)
+    assert try_shared_lock(second)
+    assert not try_lock(third)
+    os.close(first)
+    assert not try_lock(third)
+    os.close(second)
+    assert try_lock(third)
+    fourth = os.open(tmp_path / "file", os.O_RDONLY)
+    assert not try_shared_lock(fourth)
+    os.close(fourth)
+    os.close(third)

@@ -1,4 +1,4 @@
-"""Where Satchel keeps what it can fetch or make again: models and exported packages.
+"""Where Satchel keeps what it can fetch or make again: models, exported packages, snapshots.
 
 The folder is, in this order: what the caller gives (``--cache-dir``, ``load(cache_dir=...)``), the
 environment variable ``SATCHEL_CACHE_DIR``, the convention of the platform. Nothing is created by asking.
@@ -54,6 +54,11 @@ def models_folder(root: Path) -> Path:
 def packages_folder(root: Path) -> Path:
     """Where exported model packages lie below the cache folder ``root``."""
     return root / "packages"
+
+
+def snapshots_folder(root: Path) -> Path:
+    """Where snapshots of read documents lie below the cache folder ``root``."""
+    return root / "snapshots"
 
 
 def package_folder(root: Path, model_name: str, key: str) -> Path:

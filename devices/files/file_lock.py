@@ -1,4 +1,4 @@
-"""Locks between processes, so that two of them do not fetch or export the same thing into the same place.
+"""Locks between processes, so that two of them do not fetch, export or save the same thing into the same place.
 
 On POSIX a lock is ``flock``: it goes away with the process that holds it, however that ends. On Windows it
 is a locked byte of the lock file, which the system releases in the same way.
@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .reporting import Notice, log_notice
+from ...errors import StorageError
+from ..reporting import Notice, log_notice
 
 if sys.platform == "win32":
     import msvcrt
@@ -34,12 +35,24 @@ def try_lock(descriptor: int) -> bool:
     Raises:
         LockUnsupportedError: the file system has no locks.
     """
+    return _try(descriptor, shared=False)
+
+
+def try_shared_lock(descriptor: int) -> bool:
+    """As `try_lock`, for a lock that many may hold at once, as long as nobody has the other kind.
+
+    Windows has no such lock, and needs none against removal: it refuses to remove an open file.
+    """
+    return True if sys.platform == "win32" else _try(descriptor, shared=True)
+
+
+def _try(descriptor: int, *, shared: bool) -> bool:
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, 0, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _BUSY:
             return False
@@ -48,14 +61,17 @@ def try_lock(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, what: str, *, notice: Notice = log_notice,
-              poll_seconds: float = 0.2) -> Iterator[None]:
+def file_lock(path: Path, what: str, *, notice: Notice = log_notice, poll_seconds: float = 0.2,
+              patience_seconds: float | None = None) -> Iterator[None]:
     """Holds the lock file ``path`` while the body runs; waits for another holder and says so once.
 
     ``what`` is for that notice: "fetching smollm2-135m-instruct". The folder must exist. The file is
     removed at the end, so that an idle cache folder has no lock files.
+
+    Raises:
+        StorageError: the other holder was not done after ``patience_seconds`` (None: wait for ever).
     """
-    descriptor = _acquire(path, what, notice, poll_seconds)
+    descriptor = _acquire(path, what, notice, poll_seconds, patience_seconds)
     try:
         yield
     finally:
@@ -65,8 +81,9 @@ def file_lock(path: Path, what: str, *, notice: Notice = log_notice,
         os.close(descriptor)
 
 
-def _acquire(path: Path, what: str, notice: Notice, poll_seconds: float) -> int:
+def _acquire(path: Path, what: str, notice: Notice, poll_seconds: float, patience_seconds: float | None) -> int:
     told = False
+    deadline = None if patience_seconds is None else time.monotonic() + patience_seconds
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -86,6 +103,9 @@ def _acquire(path: Path, what: str, notice: Notice, poll_seconds: float) -> int:
             if not told:
                 notice(f"another process is {what}; waiting for it")
                 told = True
+            if deadline is not None and time.monotonic() > deadline:
+                raise StorageError(f"another process has been {what} for {patience_seconds:.0f} s and holds {path}; "
+                                   "wait for it or stop it")
             time.sleep(poll_seconds)
 
 

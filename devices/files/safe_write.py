@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ...devices.sizes import format_size
 from ...errors import StorageError
+from ..sizes import format_size
 from .cache_folder import ENVIRONMENT_VARIABLE
 from .file_lock import LockUnsupportedError, is_linked, try_lock
 
