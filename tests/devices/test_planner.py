@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from satchel.devices.planner import CHUNKS, MARGIN_BYTES, MARGIN_SHARE, Costs, Plan, make_plan
+from satchel.devices.planner import CHUNKS, MARGIN_BYTES, MARGIN_SHARE, Costs, Plan, Wishes, make_plan
 from satchel.devices.sizes import parse_size
 from satchel.errors import MemoryLimitError
 
@@ -25,16 +25,22 @@ SETTINGS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def planned(limit: int, tokens: int, costs: Costs = COSTS, **settings: Any) -> Plan:
+    """``settings``: what a person may wish, beside the other arguments of `make_plan`."""
+    wishes = {key: settings.pop(key) for key in [*settings] if key in Wishes.__dataclass_fields__}
+    return make_plan(costs, limit, tokens=tokens, least_hot_tokens=LEAST, wishes=Wishes(**wishes), **settings)
+
+
 def plan(limit: int, tokens: int = 30_000, costs: Costs = COSTS, **settings: Any) -> Plan | None:
     try:
-        return make_plan(costs, limit, tokens=tokens, least_hot_tokens=LEAST, **settings)
+        return planned(limit, tokens, costs, **settings)
     except MemoryLimitError:
         return None
 
 
 def smallest(tokens: int, costs: Costs = COSTS, **settings: Any) -> int:
     with pytest.raises(MemoryLimitError) as caught:
-        make_plan(costs, 1, tokens=tokens, least_hot_tokens=LEAST, **settings)
+        planned(1, tokens, costs, **settings)
     return caught.value.smallest_bytes
 
 
@@ -83,7 +89,7 @@ def test_the_error_names_the_limit_and_a_remedy(tokens: int) -> None:
         ({"keep_everything": True}, "leave out --policy full"),
     ):  # fmt: skip
         with pytest.raises(MemoryLimitError) as caught:
-            make_plan(COSTS, 500 * MB, tokens=tokens, least_hot_tokens=LEAST, **settings)  # type: ignore[arg-type]
+            planned(500 * MB, tokens, **settings)  # type: ignore[arg-type]
         message = str(caught.value)
         assert "\n" not in message
         assert message.startswith("524MB of memory is too little for ")
