@@ -8,7 +8,6 @@ is remembered in the cache folder, per device, for a month.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import mmap
 import os
@@ -19,6 +18,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .remembered import remember, remembered
 
 READ_SIZES = tuple(1 << power for power in range(12, 19))  # 4 KiB to 256 KiB
 FILE_BYTES = 8 << 20
@@ -70,16 +71,16 @@ def flash_of(folder: Path, cache_folder: Path, *, now: float | None = None) -> F
     moment = time.time() if now is None else now
     place = _existing(folder)
     try:
-        remembered = cache_folder / "devices" / f"flash-{place.stat().st_dev:x}.json"
+        file = cache_folder / "devices" / f"flash-{place.stat().st_dev:x}.json"
     except OSError:
         return CAUTIOUS
-    found = _recall(remembered, moment)
+    found = _recall(file, moment)
     if found is None:
         try:
             found = measure_flash(place)
         except OSError:  # read-only, full: the archive will say so when it is written
             return CAUTIOUS
-        _remember(remembered, found, moment)
+        remember(file, asdict(found), now=moment)
     return found
 
 
@@ -171,31 +172,11 @@ def _existing(folder: Path) -> Path:
 
 def _recall(path: Path, now: float) -> Flash | None:
     """What was measured not long ago; None for anything else, whatever the file holds."""
+    value = remembered(path, valid_seconds=VALID_SECONDS, now=now)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        age = now - float(value["measured"])
-        rates = tuple((int(size), float(rate)) for size, rate in value["random_bandwidths"])
-        found = Flash(float(value["bandwidth"]), float(value["latency_seconds"]), int(value["best_page_bytes"]),
-                      bool(value["is_direct"]), rates)  # fmt: skip
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        rates = tuple((int(size), float(rate)) for size, rate in (value or {})["random_bandwidths"])
+        found = Flash(**{**(value or {}), "random_bandwidths": rates})
+        sound = 0 < found.bandwidth < math.inf and 0 <= found.latency_seconds < math.inf
+    except (ValueError, TypeError, KeyError):
         return None
-    sound = math.isfinite(found.bandwidth + found.latency_seconds) and found.bandwidth > 0 <= found.latency_seconds
-    return found if 0 <= age < VALID_SECONDS and sound and found.best_page_bytes in READ_SIZES else None
-
-
-def _remember(path: Path, flash: Flash, now: float) -> None:
-    remember(path, {"measured": now, **asdict(flash)})
-
-
-def remember(path: Path, value: dict[str, object]) -> None:
-    """Writes ``value`` as JSON under a temporary name, then renames. A folder that refuses is no error."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".satchel-tmp-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(value, file)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    return found if sound and found.best_page_bytes in READ_SIZES else None

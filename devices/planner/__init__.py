@@ -26,6 +26,7 @@ from dataclasses import replace
 from ...errors import MemoryLimitError
 from ..sizes import format_size
 from .archive import archive_needs, archive_plan
+from .explain import why
 from .hot import full_plan, hot_need, pruned_plan
 from .plan import (
     CHUNKS,
@@ -52,6 +53,7 @@ __all__ = [
     "Prediction",
     "Wishes",
     "make_plan",
+    "why",
 ]
 
 
@@ -86,22 +88,22 @@ def make_plan(
     chunks = (wishes.chunk,) if wishes.chunk else CHUNKS
     unscored = replace(costs, scoring_bytes_per_token=0)
     whole_costs = unscored if keep_everything or archive else costs
+    whole = hot_need(whole_costs, tokens, wishes)
+    plan = None
     if wishes.hot_tokens is None:
         plan = full_plan(whole_costs, room, tokens, longest_tokens, chunks)
-        if plan:
-            return plan
-    if not keep_everything:
+    if plan is None and not keep_everything:
         if archive:
             plan = archive_plan(costs, room, tokens, longest_tokens, wishes, disk_bytes)
         else:
             plan = pruned_plan(costs, room, least_hot_tokens, wishes, chunks)
-        if plan:
-            return plan
+    if plan is not None:
+        return replace(plan, full_limit_bytes=whole.limit_bytes)
     if keep_everything:
-        needs = [hot_need(unscored, tokens, wishes)]
+        needs = [whole]
     elif archive:
-        whole = [] if wishes.hot_tokens is not None else [hot_need(unscored, tokens, wishes)]
-        needs = archive_needs(costs, tokens, wishes, disk_bytes) + whole
+        needs = archive_needs(costs, tokens, wishes, disk_bytes)
+        needs += [whole] if wishes.hot_tokens is None else []
     else:
         pruned = (wishes.hot_tokens or least_hot_tokens) + chunks[-1]
         needs = [hot_need(costs, pruned if wishes.hot_tokens else min(tokens, pruned), wishes)]

@@ -118,6 +118,7 @@ class Plan:
     cold_bytes: int = 0
     digest_bytes: int = 0
     recall_bytes: int = 0  # recalled tokens in the codec's form, while they are in use; warm ones are read in place
+    full_limit_bytes: int = 0  # the smallest limit of the process that would keep the whole cache
     predicted: Prediction | None = None
 
     @property
