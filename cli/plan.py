@@ -21,7 +21,7 @@ from .progress import progress_bar
 
 EPILOG = """\b
 Examples:
-  satchel plan qwen2.5-coder-0.5b-instruct --memory 1GB --context 32K
+  satchel plan qwen2.5-coder-0.5b-instruct --memory 1GB --context 128K
   satchel plan model.gguf --memory 700MB --context 32K --disk 0
   satchel plan model.gguf --context 16K --kv budget_bytes=25MB --json | jq .placement
 """
@@ -56,12 +56,13 @@ def _tokens(ctx: click.Context, parameter: click.Parameter, text: str) -> int:
               help="Threads to compute with.  [default: the cores that this process may use]")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where models lie (else $SATCHEL_CACHE_DIR, else the platform's cache folder).")
-@click.option("--no-measure", is_flag=True,
-              help="Work the seconds out from the model's size, where this machine was not measured before.")
+@click.option("--measure/--no-measure", default=None,
+              help="Measure this machine anew, or work the seconds out from the model's size if it was never "
+                   "measured.  [default: measure it once]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str, context: int, memory: int | None, disk: int | None, policy: str, kv: dict[str, str],
-    threads: int | None, cache_dir: Path | None, no_measure: bool, as_json: bool,
+    threads: int | None, cache_dir: Path | None, measure: bool | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show how MODEL would read N tokens: bytes of memory and disk row by row, the placement of the KV cache,
     seconds of reading and the rate of answering.
@@ -79,7 +80,7 @@ def command(
             progress=progress, notice=progress.notice,
         )  # fmt: skip
     with loaded:
-        found = forecast(loaded, context, measure=not no_measure)
+        found = forecast(loaded, context, measure=measure)
     if as_json:
         click.echo(json.dumps(describe(model, context, found), indent=2))
     else:

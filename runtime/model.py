@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ..cache import CacheSettings, KVCache
 from ..cache.scorers import scorer_names
-from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
 from ..devices.flash import default_disk_limit
+from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
 from ..devices.planner import Plan, Wishes, make_plan
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
 
 import numpy as np
 
@@ -22,13 +21,12 @@ from ..devices.machine import cpu_name
 from ..devices.planner import Plan, why
 from ..devices.remembered import remember, remembered
 from ..devices.roofline import Rates, Work, estimated_rates, predict
-from ..errors import ContextLengthError
 from ..export.hub.cache_folder import cache_folder
 from .memory import archive_costs, page_bytes
 from .model import Model
 
 CHUNK_TOKENS = 128
-SLOW_CHUNK_SECONDS = 1.5  # a chunk that takes longer is timed once
+ENOUGH_SECONDS = 1.5  # spent on chunks: no further take then
 DECODE_STEPS = 5
 WARM_UP_TOKENS = 16
 ATTENTION_LAYERS = 4  # enough that their pages do not all stay in the second-level cache
@@ -47,18 +45,12 @@ class Forecast:
     rates: Rates
 
 
-def forecast(model: Model, tokens: int, *, measure: bool = True) -> Forecast:
-    """How ``model`` would read ``tokens`` tokens. ``measure`` False: rates by arithmetic, unless some are remembered.
+def forecast(model: Model, tokens: int, *, measure: bool | None = None) -> Forecast:
+    """How ``model`` would read ``tokens`` tokens, be they more than its context has; ``measure`` as in `find_rates`.
 
     Raises:
-        ContextLengthError: the model does not read that many tokens.
         MemoryLimitError: it does not fit into the memory limit; the message has the limit that would do.
     """
-    if tokens > model.context_length:
-        raise ContextLengthError(
-            f"the model {model.name} reads at most {model.context_length:,} tokens, not {tokens:,}; plan for fewer, or "
-            "for a model with a longer context (see 'satchel models')"
-        )
     plan = model.plan(tokens)
     settings, threads = model.options.settings, model.options.threads
     rates, work = find_rates(model, measure=measure), work_of(model)
@@ -66,7 +58,10 @@ def forecast(model: Model, tokens: int, *, measure: bool = True) -> Forecast:
     flash = flash_of(folder, folder)
     predicted = predict(plan, tokens, rates, work, flash, threads=threads, recall_every=settings.recall_every)
     best = archive_costs(model.package, settings)[0].codec
-    return Forecast(replace(plan, predicted=predicted), why(plan, best), model.disk_bytes, rates)
+    reason = why(plan, best)
+    if tokens > model.context_length:
+        reason += f" The text is longer than the {model.context_length:,} tokens that the model was trained for."
+    return Forecast(replace(plan, predicted=predicted), reason, model.disk_bytes, rates)
 
 
 def work_of(model: Model) -> Work:
@@ -84,17 +79,20 @@ def work_of(model: Model) -> Work:
     )
 
 
-def find_rates(model: Model, *, measure: bool = True) -> Rates:
-    """This machine's rates with ``model``: remembered, measured now, or (``measure`` False) worked out."""
+def find_rates(model: Model, *, measure: bool | None = None) -> Rates:
+    """This machine's rates with ``model``: remembered, else measured now.
+
+    ``measure`` True: measured in any case; False: never, and worked out where none are remembered.
+    """
     file = cache_folder(model.cache_dir) / "devices" / f"rates-{_key(model)}.json"
     value = remembered(file, valid_seconds=VALID_SECONDS)
     try:
         found = Rates(**(value or {}))
-        if found.is_sound and found.is_measured:
+        if found.is_sound and found.is_measured and not measure:
             return found
     except TypeError:  # nothing remembered, or something else
         pass
-    if not measure:
+    if measure is False:
         return estimated_rates(work_of(model), model.options.threads)
     found = measure_rates(model)
     remember(file, asdict(found))
@@ -105,26 +103,16 @@ def measure_rates(model: Model) -> Rates:
     """Times a chunk, a few steps, and attention over two lengths: 2 to 5 seconds. Nothing is left of it."""
     vocab = model.package.spec.vocab
     ids = [(7919 * place + 13) % vocab for place in range(CHUNK_TOKENS)]
-    begun = time.perf_counter()
     model.last_logits(ids[:WARM_UP_TOKENS])  # maps the weights, and notes what the process held before
-    # the first run is the slowest: a chunk that it says is slow may be, but is timed once whatever it takes
-    is_slow = (time.perf_counter() - begun) * CHUNK_TOKENS / WARM_UP_TOKENS > SLOW_CHUNK_SECONDS * TAKES
-    chunks, steps = [], []
-    for _ in range(1 if is_slow else TAKES):
-        cache = KVCache(model.engine.cache_shape, model.options.settings, hot_tokens=None, threads=model.options.threads)
-        try:
-            chunks.append(_seconds(lambda held=cache: model.engine.run(ids, held)))
-            if not steps:
-                steps = [_seconds(lambda held=cache: model.engine.run(ids[:1], held)) for _ in range(DECODE_STEPS)]
-        finally:
-            cache.close()
-        if sum(chunks) > SLOW_CHUNK_SECONDS:
-            break
+    chunk, *steps = _time_runs(model, [ids, *[ids[:1]] * DECODE_STEPS])
+    chunks = [chunk]
+    while len(chunks) < TAKES and sum(chunks) < ENOUGH_SECONDS:
+        chunks += _time_runs(model, [ids])
+    # the least of the takes: the one that other programs have disturbed least
+    whole, step = min(chunks) / CHUNK_TOKENS, min(steps)
     per_pair = _attention_seconds(model, CHUNK_TOKENS) / CHUNK_TOKENS
     per_step = _attention_seconds(model, 1)
     inside = per_pair * (CHUNK_TOKENS + 1) / 2  # of each token's own chunk
-    whole = median(chunks) / CHUNK_TOKENS
-    step = median(steps)
     return Rates(
         prefill_seconds_per_token=max(whole - inside, whole / 2),
         prefill_seconds_per_pair=per_pair,
@@ -134,47 +122,57 @@ def measure_rates(model: Model) -> Rates:
     )
 
 
+def _time_runs(model: Model, runs: Sequence[list[int]]) -> list[float]:
+    """Seconds of each of ``runs``, one after the other in an empty cache."""
+    options = model.options
+    cache = KVCache(model.engine.cache_shape, options.settings, hot_tokens=None, threads=options.threads)
+    try:
+        takes = []
+        for ids in runs:
+            begun = time.perf_counter()
+            model.engine.run(ids, cache)
+            takes.append(time.perf_counter() - begun)
+        return takes
+    finally:
+        cache.close()
+
+
 def _attention_seconds(model: Model, queries: int) -> float:
     """Seconds that ``queries`` tokens at once take for each further token that they attend to, in all layers."""
-    shape, settings, threads = model.engine.cache_shape, model.options.settings, model.options.threads
-    layers, rng = min(ATTENTION_LAYERS, shape.layers), np.random.default_rng(0)
+    shape = model.engine.cache_shape
+    layers = min(ATTENTION_LAYERS, shape.layers)
     pages = kernels.KVCache(
         layers=layers, heads=shape.heads, kv_heads=shape.kv_heads, head_size=shape.head_size,
-        storage=settings.storage, threads=threads,
+        storage=model.options.settings.storage, threads=model.options.threads,
     )  # fmt: skip
-
-    def attend(first: int, count: int) -> None:
-        q, k, v = (
-            rng.standard_normal((count, heads, shape.head_size), dtype=np.float32)
-            for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-        )
-        positions = np.arange(first, first + count)
-        begun = time.perf_counter()
-        for layer in range(layers):
-            pages.attend(layer, q, k, v, positions, shape.frequencies, scale=shape.scale, threads=threads)
-        takes.append(time.perf_counter() - begun)
-
-    found = []
+    step, found = ATTENTION_LENGTHS[0], []
     try:
-        for before, length in zip((0, *ATTENTION_LENGTHS), ATTENTION_LENGTHS, strict=False):
-            takes: list[float] = []
-            for first in range(before, length, ATTENTION_LENGTHS[0]):
-                attend(first, min(ATTENTION_LENGTHS[0], length - first))
-                pages.commit()
-            takes.clear()
-            for _ in range(TAKES):
-                attend(length, queries)
-                pages.rollback()
-            found.append(median(takes))
+        for first in range(0, ATTENTION_LENGTHS[-1], step):
+            _attend(model, pages, layers, first, step)
+            pages.commit()
+            if first + step in ATTENTION_LENGTHS:
+                takes = []
+                for _ in range(TAKES):
+                    takes.append(_attend(model, pages, layers, first + step, queries))
+                    pages.rollback()
+                found.append(min(takes))
     finally:
         pages.close()
     per_token = (found[1] - found[0]) / (ATTENTION_LENGTHS[1] - ATTENTION_LENGTHS[0])
     return max(per_token, 0.0) * shape.layers / layers
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _attend(model: Model, pages: kernels.KVCache, layers: int, first: int, count: int) -> float:
+    """Seconds of the attention of ``count`` made-up tokens at position ``first`` in some layers."""
+    shape, rng = model.engine.cache_shape, np.random.default_rng(first)
+    q, k, v = (
+        rng.standard_normal((count, heads, shape.head_size), dtype=np.float32)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    positions = np.arange(first, first + count)
     begun = time.perf_counter()
-    work()
+    for layer in range(layers):
+        pages.attend(layer, q, k, v, positions, shape.frequencies, scale=shape.scale, threads=model.options.threads)
     return time.perf_counter() - begun
 
 

@@ -14,7 +14,9 @@ def full_plan(costs: Costs, room: Room, tokens: int, longest_tokens: int, chunks
     return None
 
 
-def pruned_plan(costs: Costs, room: Room, least_hot_tokens: int, wishes: Wishes, chunks: tuple[int, ...]) -> Plan | None:
+def pruned_plan(
+    costs: Costs, room: Room, least_hot_tokens: int, wishes: Wishes, chunks: tuple[int, ...]
+) -> Plan | None:  # fmt: skip
     """The largest budget of hot tokens, or the one asked for."""
     # A small budget wants small chunks: one should not be more than half of what stays.
     plans = [_pruned(costs, room, size, least_hot_tokens, wishes.hot_tokens) for size in chunks]

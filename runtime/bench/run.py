@@ -114,7 +114,8 @@ def named_file(against: str) -> str:
 
 
 def _our_side(package: Package, **options: Any) -> Side:
-    """``options`` are of ``load``. The worker gets the package's folder: an export inside of it would count into its peak of memory."""
+    """``options``: as of ``load``. The worker gets the package's folder: an export inside of it would count into its
+    peak of memory."""
     folder = str(package.folder.absolute())
     return Side("satchel", "satchel", f"{__package__}.satchel_engine", {"model": folder, **options})
 
