@@ -18,7 +18,6 @@ from satchel.devices.machine import peak_rss_bytes
 from satchel.devices.sizes import format_size, parse_tokens
 from satchel.runtime import load
 from satchel.runtime.documents import read_documents
-from satchel.runtime.model import ANSWER_ROOM
 from satchel.runtime.predict import Forecast, forecast
 
 BYTES_TOLERANCE, SECONDS_TOLERANCE = 0.25, 0.5
@@ -87,7 +86,7 @@ def run(name: str, options: dict[str, object], text: str, tokens: int, found: Fo
     assert plan.predicted is not None
     with load(name, **options) as model:  # type: ignore[arg-type]
         ids = model.tokenizer.encode(text)
-        ids = (ids * (tokens // len(ids) + 1))[: tokens - ANSWER_ROOM]
+        ids = (ids * (tokens // len(ids) + 1))[: tokens - DECODE_TOKENS]
         context = model.open_context(len(ids))
         begun = time.perf_counter()
         row = context.prefill(ids, lambda *_: None)
@@ -99,12 +98,11 @@ def run(name: str, options: dict[str, object], text: str, tokens: int, found: Fo
         rate = DECODE_TOKENS / (time.perf_counter() - begun)
         kv = context.kv
     in_ram = kv["hot_bytes"] + kv["warm_bytes"] + kv["digest_bytes"]
-    share = len(ids) / tokens  # the answer's room is planned for, and not read
     return [
-        Figure("kv_in_memory_bytes", plan.kv_ram_bytes, in_ram, BYTES_TOLERANCE),
+        Figure("kv_in_memory_bytes", plan.held_bytes(tokens), in_ram, BYTES_TOLERANCE),
         Figure("kv_on_disk_bytes", plan.cold_bytes, kv["cold_bytes"], BYTES_TOLERANCE),
         Figure("peak_bytes", plan.total_bytes, peak_rss_bytes(), BYTES_TOLERANCE),
-        Figure("read_seconds", plan.predicted.read_seconds * share, read_seconds, SECONDS_TOLERANCE),
+        Figure("read_seconds", plan.predicted.read_seconds, read_seconds, SECONDS_TOLERANCE),
         Figure("decode_tokens_per_second", plan.predicted.decode_tokens_per_second, rate, SECONDS_TOLERANCE),
     ]
 

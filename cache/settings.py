@@ -23,7 +23,8 @@ class CacheSettings:
     ``hot_tokens``: tokens kept per KV head between chunks; ``chunk``: tokens read at a time; ``sinks`` first and
     ``window`` most recent tokens are always kept; ``scorer`` ranks the others; ``storage``: of the hot tier.
     ``budget_bytes`` bounds hot and warm pages, digests and recalled tokens together; ``codec`` encodes what leaves the
-    hot tier; ``retriever`` finds ``recall_tokens`` of it per KV head again, when answering every ``recall_every`` tokens.
+    hot tier; ``retriever`` finds ``recall_tokens`` of it per KV head again, for each chunk and every
+    ``recall_every`` tokens of an answer.
     """
 
     hot_tokens: int | None = None

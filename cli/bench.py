@@ -63,7 +63,8 @@ def _peer(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str, context: int, against: str | None, runs: int, text: Path | None, policy: str,
-    kv: dict[str, str], memory: str | None, disk: int | None, threads: int | None, cache_dir: Path | None, as_json: bool,
+    kv: dict[str, str], memory: str | None, disk: int | None, threads: int | None,
+    cache_dir: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Read N tokens with MODEL, decode some more, and print rates, time to the first token and memory.
 

@@ -131,6 +131,14 @@ class Plan:
         """All of the KV cache that is in RAM: hot pages, warm pages, digests, recalled tokens."""
         return self.kv_limit_bytes + self.warm_bytes + self.digest_bytes + self.recall_bytes
 
+    def held_bytes(self, tokens: int) -> int:
+        """The KV cache in RAM once ``tokens`` are read: without the chunks that the plan leaves room for."""
+        hot = tokens if self.hot_tokens is None else min(tokens, self.hot_tokens)
+        if self.codec is not None:
+            hot += ARCHIVE_STEP // 2
+        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + self.chunk)
+        return min(hot_bytes, self.kv_limit_bytes) + self.warm_bytes + self.digest_bytes + self.recall_bytes
+
 
 @dataclass(frozen=True)
 class Room:

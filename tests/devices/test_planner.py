@@ -321,3 +321,14 @@ def test_the_reason_names_the_whole_cache() -> None:
     budget = archived(8 * GB, 8_192, budget_bytes=12_500_000)
     assert budget is not None
     assert "would fit into the memory, but not into what --kv allows" in why(budget, "q8")
+
+
+def test_what_is_held_after_reading() -> None:
+    whole = planned(8 * GB, 8_192)
+    assert whole.held_bytes(8_192) == pytest.approx(8_192 * COSTS.kv_bytes_per_page / 64, rel=0.01)
+    found = archived(8 * GB, 8_192, budget_bytes=40_000_000)
+    assert found is not None
+    assert found.hot_tokens == 576
+    beside = found.warm_bytes + found.digest_bytes + found.recall_bytes
+    assert found.held_bytes(8_192) == pytest.approx(beside + 608 * COSTS.kv_bytes_per_page / 64, rel=0.02)
+    assert found.held_bytes(8_192) < found.kv_ram_bytes
