@@ -104,7 +104,7 @@ USAGE = [
     (["DOC", "What?", "--memory", "-1GB"], "Invalid value for '--memory': '-1GB' is not a size"),
     (["DOC", "What?", "--policy", "magic"], "policy 'magic' is not known; choose one of auto, full"),
     (["DOC", "What?", "--policy", "full", "--kv", "hot_tokens=999"], "policy full keeps every token"),
-    (["DOC", "What?", "--kv", "sinks"], "Invalid value for '--kv': 'sinks' is not KEY=VALUE; known keys are budget_bytes"),
+    (["DOC", "What?", "--kv", "sinks"], "Invalid value for '--kv': 'sinks' is not KEY=VALUE; known keys are budget"),
     (["DOC", "What?", "--kv", "=3"], "Invalid value for '--kv'"),
     (["DOC", "What?", "--kv", "shoes=2"], "kv setting 'shoes' is not known; known are budget_bytes, chunk"),
     (["DOC", "What?", "--kv", "sinks=many"], "kv sinks='many' is not a number of tokens"),
