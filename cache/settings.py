@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+from ..devices.sizes import parse_size
 from ..errors import OptionError
 from .scorers import scorer_names
 
 STORAGES = ("bf16", "fp32")
+# To be replaced by the names of the registries cache/codecs and cache/retrievers.
+CODECS = ("f16", "q8", "q4", "q2", "kvquant4", "kvquant3", "kvquant2", "mikv")
+RETRIEVERS = ("landmark", "minmax", "centroid", "channels", "none")
 LARGEST_TOKENS = 1 << 31
 
 
@@ -18,6 +22,9 @@ class CacheSettings:
 
     ``hot_tokens``: tokens kept per KV head between chunks; ``chunk``: tokens read at a time; ``sinks`` first and
     ``window`` most recent tokens are always kept; ``scorer`` ranks the others; ``storage``: of the hot tier.
+    ``budget_bytes`` bounds hot and warm pages, digests and recalled tokens together; ``codec`` encodes what leaves the
+    hot tier; ``retriever`` finds ``recall_tokens`` of it per KV head again, for each chunk and every
+    ``recall_every`` tokens of an answer.
     """
 
     hot_tokens: int | None = None
@@ -26,10 +33,17 @@ class CacheSettings:
     window: int = 256
     scorer: str = "snapkv"
     storage: str = "bf16"
+    budget_bytes: int | None = None
+    codec: str | None = None
+    retriever: str = "landmark"
+    recall_tokens: int | None = None
+    recall_every: int = 8
 
     def __post_init__(self) -> None:
-        if self.scorer not in scorer_names():
-            raise OptionError(f"kv scorer={self.scorer!r} is not known; choose one of {', '.join(scorer_names())}")
+        for key, names in (("scorer", scorer_names()), ("codec", CODECS), ("retriever", RETRIEVERS)):
+            value = getattr(self, key)
+            if value is not None and value not in names:
+                raise OptionError(f"kv {key}={value!r} is not known; choose one of {', '.join(names)}")
         if self.storage not in STORAGES:
             raise OptionError(f"kv storage={self.storage!r} is not supported; choose one of {', '.join(STORAGES)}")
         if self.hot_tokens is not None and self.hot_tokens < self.least_hot_tokens:
@@ -55,12 +69,12 @@ class CacheSettings:
         for key, value in (values or {}).items():
             if key not in known:
                 raise OptionError(f"kv setting {key!r} is not known; known are {', '.join(sorted(known))}")
-            parsed[key] = str(value) if key in ("scorer", "storage") else _count(key, value)
+            parsed[key] = _PARSERS.get(key, _count)(key, value)
         return cls(**parsed)  # type: ignore[arg-type]
 
 
 def _count(key: str, value: object) -> int:
-    least = 0 if key == "sinks" else 1
+    least = 0 if key in ("sinks", "recall_tokens") else 1
     try:
         number = int(str(value))
     except ValueError:
@@ -68,3 +82,19 @@ def _count(key: str, value: object) -> int:
     if not least <= number < LARGEST_TOKENS:
         raise OptionError(f"kv {key}={value!r} is not a number of tokens; give a whole number, {least} or more")
     return number
+
+
+def _name(key: str, value: object) -> str:  # noqa: ARG001
+    return str(value)
+
+
+def _size(key: str, value: object) -> int:
+    try:
+        return parse_size(value if isinstance(value, (int, str)) else str(value))
+    except OptionError as error:
+        raise OptionError(f"kv {key}: {error}") from None
+
+
+_PARSERS: dict[str, Callable[[str, object], int | str]] = {
+    "scorer": _name, "storage": _name, "codec": _name, "retriever": _name, "budget_bytes": _size,
+}  # fmt: skip

@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
 from ..runtime.bench import DECODE_TOKENS, DEFAULT_RUNS, RATIOS, Figures, Report, named_file, prepare
 from ..runtime.model import Options
-from .options import key_values
+from .options import disk_option, key_values
 from .progress import progress_bar
 
 EPILOG = """\b
@@ -56,13 +56,15 @@ def _peer(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
               help="A setting of our cache, repeatable, such as hot_tokens=2048.")
 @click.option("--memory", metavar="SIZE",
               help="Limit of our process, such as 1.2GB (else what the machine has).")
+@disk_option
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of both sides (else all cores).")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where models lie (else $SATCHEL_CACHE_DIR, else the platform's cache folder).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str, context: int, against: str | None, runs: int, text: Path | None, policy: str,
-    kv: dict[str, str], memory: str | None, threads: int | None, cache_dir: Path | None, as_json: bool,
+    kv: dict[str, str], memory: str | None, disk: int | None, threads: int | None,
+    cache_dir: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Read N tokens with MODEL, decode some more, and print rates, time to the first token and memory.
 
@@ -71,13 +73,13 @@ def command(
     Absolute figures drift with the machine; ratios of one run hold.
     """
     try:
-        Options.check(memory, policy, kv, threads, "cpu")
+        Options.check(memory, policy, kv, threads, "cpu", disk)
     except OptionError as error:
         raise click.UsageError(str(error), click.get_current_context()) from error
     with progress_bar("bytes") as progress:
         contest = prepare(
             model, context, against=against, runs=runs, text=text, memory=memory, policy=policy,
-            kv=kv, threads=threads, cache_dir=cache_dir, progress=progress, notice=progress.notice,
+            disk=disk, kv=kv, threads=threads, cache_dir=cache_dir, progress=progress, notice=progress.notice,
         )  # fmt: skip
     with progress_bar("tokens") as progress:
         report = contest.run(progress=progress, notice=progress.notice)

@@ -31,6 +31,7 @@ class CommonOptions:
 
     model: str
     memory: int | None
+    disk: int | None
     policy: str
     kv: Mapping[str, str]
     threads: int | None
@@ -43,7 +44,7 @@ class CommonOptions:
     def check(self) -> None:
         """Raises click.UsageError for a value that no model could work with."""
         try:
-            Options.check(self.memory, self.policy, self.kv, self.threads, self.device)
+            Options.check(self.memory, self.policy, self.kv, self.threads, self.device, self.disk)
             SamplingOptions(**self.sampling)
         except OptionError as error:
             raise click.UsageError(str(error), click.get_current_context(silent=True)) from error
@@ -57,6 +58,7 @@ class CommonOptions:
             kv=self.kv,
             threads=self.threads,
             device=self.device,
+            disk=self.disk,
             cache=not self.no_cache,
             cache_dir=self.cache_dir,
             progress=progress,
@@ -64,7 +66,8 @@ class CommonOptions:
         )
 
 
-def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+def size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """Callback of every option that takes a size: the number of bytes."""
     try:
         return None if text is None else parse_size(text)
     except OptionError as error:
@@ -82,13 +85,20 @@ def key_values(ctx: click.Context, parameter: click.Parameter, values: tuple[str
     return settings
 
 
+disk_option = click.option(
+    "--disk", metavar="SIZE", callback=size,
+    help="What parts of the KV cache may take on disk beside the models, such as 4GB; 0: nothing.  [default: a "
+         "tenth of what is free]",
+)  # fmt: skip
+
 _MODEL_OPTIONS = (
     click.option("-m", "--model", metavar="NAME|PATH", default=DEFAULT_MODEL, show_default=True,
                  help="A name that 'satchel models' lists, a .gguf file, or a folder made by "
                       "'satchel export'."),
-    click.option("--memory", metavar="SIZE", callback=_size,
+    click.option("--memory", metavar="SIZE", callback=size,
                  help="Limit of the whole process, such as 800MB, 1.2GB or 2GiB.  [default: what is free, less "
                       "a margin]"),
+    disk_option,
     click.option("--policy", metavar="|".join(_POLICIES), default="auto", show_default=True,
                  help="full keeps every token, auto what fits into the memory; a name keeps what that method "
                       "finds most important."),

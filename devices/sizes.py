@@ -19,6 +19,7 @@ _UNITS: dict[str, int] = {
 }
 _DECIMAL = ("B", "KB", "MB", "GB", "TB")
 _SIZE = re.compile(r"\s*([0-9]{1,24}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})\s*([A-Za-z]{0,3})\s*")
+_TOKENS = re.compile(r"\s*([0-9]{1,12})\s*([kKmM]?)\s*", re.ASCII)
 _LARGEST_BYTES = 2**63 - 1  # what a 64-bit file offset can hold
 _EXAMPLES = "write it like 800MB, 1.2GB, 2GiB or 1500000000 (bytes)"
 
@@ -46,6 +47,19 @@ def parse_size(text: str | int) -> int:
             f"the size {_shown(text)} is outside of 0 to {format_size(_LARGEST_BYTES)}: {_EXAMPLES}"
         )
     return int(size)
+
+
+def parse_tokens(text: str | int) -> int:
+    """A number of tokens: ``32768``, or in 1024s as contexts are named: ``128K`` is 131072, ``1M`` 1048576.
+
+    Raises:
+        OptionError: not a whole number above 0, or beyond 2^31.
+    """
+    match = _TOKENS.fullmatch(str(text))
+    count = int(match[1]) * 1024 ** " km".index(match[2].lower() or " ") if match else 0
+    if not 1 <= count < 2**31:
+        raise OptionError(f"{_shown(text)} is not a number of tokens: write it like 32768, 128K or 1M")
+    return count
 
 
 def format_size(size_bytes: int, *, round_up: bool = False) -> str:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from ..cache import CacheSettings, KVCache
 from ..cache.scorers import scorer_names
+from ..devices.flash import default_disk_limit
 from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
-from ..devices.planner import Plan, make_plan
+from ..devices.planner import Plan, Wishes, make_plan
 from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
+from ..devices.files.cache_folder import cache_folder
 from ..export.hub.registry import DEFAULT_MODEL
 from ..export.package import Package
 from ..export.resolve import resolve_model
@@ -34,6 +36,7 @@ DEVICES = ("cpu",)
 ANSWER_ROOM = 1024  # tokens of questions and answers that a plan makes room for beside the document
 NAMED_POLICY_HOT_TOKENS = 2048  # of a policy asked for by name, without a budget of its own
 READ_CHUNK = 512
+BYTES_PER_TOKEN_OF_TEXT = 4  # on average, in English
 BYTES_PER_ID = 40  # of a token id in a Python list: pointer and number
 
 
@@ -45,10 +48,18 @@ class Options:
     policy: str
     settings: CacheSettings
     threads: int
+    disk_bytes: int | None = None  # what may be written beside models; None: a share of what is free
+    given: frozenset[str] = frozenset()  # keys of the settings that a person set: the planner leaves these alone
 
     @classmethod
     def check(
-        cls, memory: str | int | None, policy: str, kv: Mapping[str, object] | None, threads: int | None, device: str
+        cls,
+        memory: str | int | None,
+        policy: str,
+        kv: Mapping[str, object] | None,
+        threads: int | None,
+        device: str,
+        disk: str | int | None = None,
     ) -> Options:
         """Raises OptionError for anything unknown or out of range."""
         if device not in DEVICES:
@@ -57,22 +68,48 @@ class Options:
             raise OptionError(f"threads is {threads}; give a number from 1 to 1024")
         settings = CacheSettings.parse(kv)
         if policy in scorer_names():
-            settings = replace(settings, scorer=policy, hot_tokens=settings.hot_tokens or NAMED_POLICY_HOT_TOKENS)
+            hot = settings.hot_tokens or (NAMED_POLICY_HOT_TOKENS if settings.budget_bytes is None else None)
+            settings = replace(settings, scorer=policy, hot_tokens=hot)
         elif policy not in ("auto", "full"):
             known = ", ".join(("auto", "full", *scorer_names()))
             raise OptionError(f"policy {policy!r} is not known; choose one of {known}")
         if policy == "full" and settings.hot_tokens is not None:
             raise OptionError("policy full keeps every token: leave out kv hot_tokens, or use policy auto")
+        if policy == "full" and settings.budget_bytes is not None:
+            raise OptionError("policy full keeps every token: leave out kv budget_bytes, or use policy auto")
         limit = default_memory_limit() if memory is None else parse_size(memory)
-        return cls(limit, policy, settings, threads or cores_usable())
+        disk_bytes = None if disk is None else parse_size(disk)
+        return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, frozenset(kv or ()))
+
+    @property
+    def wishes(self) -> Wishes:
+        """What the planner must keep to."""
+        settings = self.settings
+        return Wishes(
+            hot_tokens=settings.hot_tokens,
+            chunk=settings.chunk,
+            sinks=settings.sinks if "sinks" in self.given else None,
+            window=settings.window if "window" in self.given else None,
+            recall_tokens=0 if settings.retriever == "none" else settings.recall_tokens,
+            budget_bytes=settings.budget_bytes,
+        )
 
 
 class Model:
     """A loaded model. Contexts made by `read` share its weights and nothing else."""
 
-    def __init__(self, package: Package, options: Options, *, name: str, notice: Notice = log_notice) -> None:
+    def __init__(
+        self,
+        package: Package,
+        options: Options,
+        *,
+        name: str,
+        notice: Notice = log_notice,
+        cache_dir: Path | None = None,
+    ) -> None:
         self.name = name
         self.options = options
+        self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
@@ -247,21 +284,41 @@ class Model:
         self.adopt(context)
         return context
 
-    def _plan(self, tokens: int) -> Plan:
+    def plan(self, tokens: int, *, archive: bool = True) -> Plan:
+        """How a text of ``tokens`` tokens (with questions and answers) would be read; nothing is.
+
+        Raises:
+            MemoryLimitError: it would not fit; the message has the limit that would do.
+        """
+        self._measure()
+        text_bytes = tokens * (BYTES_PER_ID + BYTES_PER_TOKEN_OF_TEXT)
+        return self._plan(tokens, archive=archive, text_bytes=text_bytes, longest_tokens=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What an archive may take on disk: as asked for, or a share of what the cache folder's disk has free."""
+        asked = self.options.disk_bytes
+        return default_disk_limit(cache_folder(self.cache_dir)) if asked is None else asked
+
+    def _plan(
+        self, tokens: int, *, archive: bool = False, text_bytes: int = 0, longest_tokens: int | None = None
+    ) -> Plan:
         self._measure()
         # Forks share the pages of what they were forked from, and its plan.
-        others = sum({id(context.plan): context.plan.kv_limit_bytes for context in self._contexts}.values())
+        others = sum({id(context.plan): context.plan.kv_ram_bytes for context in self._contexts}.values())
         settings, policy = self.options.settings, self.options.policy
-        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + others)
+        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others)
+        archive = archive and policy == "auto"  # a scorer's name asks for a budget that forgets
         return make_plan(
             costs,
             self.options.memory_bytes,
             tokens=tokens,
             least_hot_tokens=settings.least_hot_tokens,
-            hot_tokens=settings.hot_tokens,
-            chunk=settings.chunk,
+            wishes=self.options.wishes,
             keep_everything=policy == "full",
-            longest_tokens=self.context_length,
+            longest_tokens=self.context_length if longest_tokens is None else longest_tokens,
+            archive=archive,
+            disk_bytes=self.disk_bytes if archive else 0,
         )
 
     def _measure(self) -> None:
@@ -279,6 +336,7 @@ def load(
     kv: Mapping[str, Any] | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    disk: str | int | None = None,
     cache: bool = True,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -289,8 +347,10 @@ def load(
     Args:
         memory: limit of the whole process, such as ``"1.5GB"`` or a number of bytes; None: what the machine can give.
         policy: ``full`` keeps every token, ``auto`` what fits, a scorer's name prunes by it.
-        kv: settings of the cache: ``hot_tokens``, ``chunk``, ``sinks``, ``window``, ``scorer``, ``storage``.
+        kv: settings of the cache: ``hot_tokens``, ``chunk``, ``sinks``, ``window``, ``scorer``, ``storage``,
+            ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``.
         threads: None: all cores that this process may use.
+        disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
         cache: reserved for snapshots of read documents, which this version does not write yet.
         cache_dir: where models and packages lie; None: the platform's cache folder.
         progress: called with (stage, done, total) while a model is fetched or exported.
@@ -301,9 +361,10 @@ def load(
         ModelError, DownloadError, StorageError: the model cannot be had.
     """
     del cache
-    options = Options.check(memory, policy, kv, threads, device)
+    options = Options.check(memory, policy, kv, threads, device, disk)
     tell = notice or log_notice
     package = resolve_model(
         model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell
     )
-    return Model(package, options, name=str(model), notice=tell)
+    folder = Path(cache_dir) if cache_dir else None
+    return Model(package, options, name=str(model), notice=tell, cache_dir=folder)

@@ -20,7 +20,7 @@ from satchel import cli, kernels
 from satchel.cache.scorers import LayerView, find_scorer, scorer_names
 from satchel.cache.settings import CacheSettings
 from satchel.devices import machine
-from satchel.devices.planner import CHUNKS, Costs, make_plan
+from satchel.devices.planner import CHUNKS, Costs, Wishes, make_plan
 from satchel.export.architectures import ARCHITECTURES, read_model
 from satchel.export.blocks import CARRIED, BlockFormat, BlockTensor
 from satchel.export.exporter import BITS, FLAVOURS
@@ -197,7 +197,7 @@ def test_memory_sums() -> None:
 
 def test_worked_plan() -> None:
     costs = Costs(0, 0, 0, kernels.PAGE_TOKENS, 48 * page_bytes(HEAD_SIZE, "bf16"), 0)
-    plan = make_plan(costs, 1 << 33, tokens=30_000, least_hot_tokens=320, hot_tokens=2_048)
+    plan = make_plan(costs, 1 << 33, tokens=30_000, least_hot_tokens=320, wishes=Wishes(hot_tokens=2_048))
     assert (plan.chunk, plan.capacity_tokens) == (512, 2_560)
     says(5, f"= {plan.kv_limit_bytes:,} bytes", f"{plan.capacity_tokens:,} tokens are held")
 

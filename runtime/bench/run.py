@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...devices.reporting import Notice, Progress, log_notice, no_progress
 from ...errors import ContextLengthError, ModelError, OptionError
@@ -62,6 +63,7 @@ def prepare(
     memory: str | None = None,
     policy: str = "auto",
     kv: Mapping[str, object] | None = None,
+    disk: str | int | None = None,
     threads: int | None = None,
     cache_dir: Path | None = None,
     progress: Progress = no_progress,
@@ -73,7 +75,7 @@ def prepare(
         model: a registry name, a .gguf file, or (for our side alone) a package folder.
         against: ``llama.cpp`` (the same .gguf file) or ``llama.cpp:PATH`` (another form of the same model).
         text: what to read; None: made-up prose.
-        memory, policy, kv, threads: as of ``load``, for our side; the thread count holds for both.
+        memory, policy, kv, disk, threads: as of ``load``, for our side; the thread count holds for both.
         progress: called while the model is fetched or exported, with bytes.
 
     Raises:
@@ -82,7 +84,7 @@ def prepare(
         DocumentError: ``text`` cannot be read.
         ModelError, DownloadError, StorageError: a model cannot be had.
     """
-    options = Options.check(memory, policy, kv, threads, "cpu")
+    options = Options.check(memory, policy, kv, threads, "cpu", disk)
     if context < 1 or runs < 1:
         raise OptionError(f"context is {context} and runs is {runs}; give 1 or more of each")
     peer_file = None if against is None else _peer_file(against, model, cache_dir, progress, notice)
@@ -95,7 +97,7 @@ def prepare(
             f"give {max(room, 0):,} or less"
         )
     made = make_text(Tokenizer.open(package.folder, package.manifest.tokenizer), context, text)
-    sides, files = [_our_side(package, memory, policy, kv)], [package.data_file]
+    sides, files = [_our_side(package, memory=memory, policy=policy, kv=dict(kv or {}), disk=disk)], [package.data_file]
     if peer_file is not None:
         engine = str(Path(__file__).with_name("llama_cpp_engine.py"))
         sides.append(Side("llama_cpp", PEER, engine, {"model": str(peer_file)}))
@@ -111,11 +113,11 @@ def named_file(against: str) -> str:
     return named
 
 
-def _our_side(package: Package, memory: str | None, policy: str, kv: Mapping[str, object] | None) -> Side:
-    """The worker gets the package's folder: an export inside of it would count into its peak of memory."""
+def _our_side(package: Package, **options: Any) -> Side:
+    """``options``: as of ``load``. The worker gets the package's folder: an export inside of it would count into its
+    peak of memory."""
     folder = str(package.folder.absolute())
-    given = {"model": folder, "memory": memory, "policy": policy, "kv": dict(kv or {})}
-    return Side("satchel", "satchel", f"{__package__}.satchel_engine", given)
+    return Side("satchel", "satchel", f"{__package__}.satchel_engine", {"model": folder, **options})
 
 
 def _peer_file(

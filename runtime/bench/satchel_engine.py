@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ... import kernels
 from ..model import load
 
-OPTIONS = ("memory", "policy", "kv")  # of a job: as of `load`
+OPTIONS = ("memory", "policy", "kv", "disk")  # of a job: as of `load`
 
 
 class SatchelEngine:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from satchel.cache import CacheSettings
 from satchel.cache.scorers import scorer_names
+from satchel.cache.settings import CODECS, RETRIEVERS
 from satchel.errors import OptionError
 
 
@@ -19,7 +20,9 @@ def test_defaults() -> None:
 
 
 def test_every_key_can_be_set_as_number_or_text() -> None:
-    values = {"hot_tokens": 700, "chunk": 128, "sinks": 4, "window": 100, "scorer": "keydiff", "storage": "fp32"}
+    values = {"hot_tokens": 700, "chunk": 128, "sinks": 4, "window": 100, "scorer": "keydiff", "storage": "fp32",
+              "budget_bytes": 12_000_000, "codec": "q4", "retriever": "minmax", "recall_tokens": 0,
+              "recall_every": 1}  # fmt: skip
     assert sorted(values) == sorted(field.name for field in fields(CacheSettings))
     expected = CacheSettings(**values)  # type: ignore[arg-type]
     assert CacheSettings.parse(values) == expected
@@ -34,10 +37,18 @@ def test_every_scorer_can_be_chosen(scorer: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hot_token": 1}, "'hot_token' is not known; known are chunk, hot_tokens, scorer, sinks, storage, window"),
+        ({"hot_token": 1}, "'hot_token' is not known; known are budget_bytes, chunk, codec, hot_tokens, recall_every, "
+                            "recall_tokens, retriever, scorer, sinks, storage, window"),
         ({"Window": 1}, "'Window' is not known"),
         ({"": 1}, "'' is not known"),
         ({"scorer": "h2o"}, f"scorer='h2o' is not known; choose one of {', '.join(scorer_names())}"),
+        ({"codec": "q5"}, "codec='q5' is not known; choose one of f16, q8, q4, q2, kvquant4"),
+        ({"retriever": "Landmark"}, "retriever='Landmark' is not known; choose one of landmark, minmax, centroid"),
+        ({"recall_tokens": -1}, "recall_tokens=-1 is not a number of tokens; give a whole number, 0 or more"),
+        ({"recall_every": 0}, "recall_every=0 is not a number of tokens; give a whole number, 1 or more"),
+        ({"budget_bytes": "12 apples"}, "kv budget_bytes: '12 apples' is not a size: write it like"),
+        ({"budget_bytes": -1}, "kv budget_bytes: the size -1 is outside"),
+        ({"budget_bytes": 1.5}, "kv budget_bytes: '1.5' is not a number of bytes"),
         ({"storage": "fp16"}, "storage='fp16' is not supported; choose one of bf16, fp32"),
         ({"storage": ""}, "storage='' is not supported"),
         ({"hot_tokens": 319}, "hot_tokens=319 cannot hold sinks . window = 320 tokens; raise hot_tokens or lower"),
@@ -64,3 +75,14 @@ def test_refusals(values: dict[str, Any], message: str) -> None:
 
 def test_the_least_budget_is_allowed() -> None:
     assert CacheSettings.parse({"hot_tokens": 5, "sinks": 0, "window": 5}).least_hot_tokens == 5
+
+
+@pytest.mark.parametrize("text", ["12MB", "12000KB", "12 mb", "12000000", 12_000_000])
+def test_a_budget_is_a_size(text: str | int) -> None:
+    assert CacheSettings.parse({"budget_bytes": text}).budget_bytes == 12_000_000
+
+
+@pytest.mark.parametrize(("key", "names"), [("codec", CODECS), ("retriever", RETRIEVERS)])
+def test_every_name_can_be_chosen(key: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        assert getattr(CacheSettings.parse({key: name}), key) == name

@@ -88,7 +88,7 @@ def test_json_alone_on_standard_output() -> None:
         (["--context", "9", "--threads", "0"], "0 is not in the range"),
         (["--context", "9", "--against", "ollama"], "cannot compare with 'ollama'; known are llama.cpp"),
         (["--context", "9", "--kv", "hot_tokens"], "'hot_tokens' is not KEY=VALUE"),
-        (["--context", "9", "--kv", "heat=3"], "kv setting 'heat' is not known; known are chunk"),
+        (["--context", "9", "--kv", "heat=3"], "kv setting 'heat' is not known; known are budget_bytes, chunk"),
         (["--context", "9", "--policy", "best"], "policy 'best' is not known; choose one of auto, full"),
         (["--context", "9", "--memory", "lots"], "'lots' is not a size"),
         (["--context", "9", "--text", "no/such/file"], "'no/such/file' does not exist"),

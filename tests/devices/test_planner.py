@@ -6,8 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from satchel.devices.planner import CHUNKS, MARGIN_BYTES, MARGIN_SHARE, Costs, Plan, make_plan
-from satchel.devices.sizes import parse_size
+from satchel.devices.planner import (
+    CHUNKS,
+    MARGIN_BYTES,
+    MARGIN_SHARE,
+    ArchiveCost,
+    Costs,
+    Plan,
+    Wishes,
+    make_plan,
+    why,
+)
+from satchel.devices.sizes import format_size, parse_size
 from satchel.errors import MemoryLimitError
 
 MB = 1 << 20
@@ -25,16 +35,22 @@ SETTINGS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def planned(limit: int, tokens: int, costs: Costs = COSTS, **settings: Any) -> Plan:
+    """``settings``: what a person may wish, beside the other arguments of `make_plan`."""
+    wishes = {key: settings.pop(key) for key in [*settings] if key in Wishes.__dataclass_fields__}
+    return make_plan(costs, limit, tokens=tokens, least_hot_tokens=LEAST, wishes=Wishes(**wishes), **settings)
+
+
 def plan(limit: int, tokens: int = 30_000, costs: Costs = COSTS, **settings: Any) -> Plan | None:
     try:
-        return make_plan(costs, limit, tokens=tokens, least_hot_tokens=LEAST, **settings)
+        return planned(limit, tokens, costs, **settings)
     except MemoryLimitError:
         return None
 
 
 def smallest(tokens: int, costs: Costs = COSTS, **settings: Any) -> int:
     with pytest.raises(MemoryLimitError) as caught:
-        make_plan(costs, 1, tokens=tokens, least_hot_tokens=LEAST, **settings)
+        planned(1, tokens, costs, **settings)
     return caught.value.smallest_bytes
 
 
@@ -83,7 +99,7 @@ def test_the_error_names_the_limit_and_a_remedy(tokens: int) -> None:
         ({"keep_everything": True}, "leave out --policy full"),
     ):  # fmt: skip
         with pytest.raises(MemoryLimitError) as caught:
-            make_plan(COSTS, 500 * MB, tokens=tokens, least_hot_tokens=LEAST, **settings)  # type: ignore[arg-type]
+            planned(500 * MB, tokens, **settings)  # type: ignore[arg-type]
         message = str(caught.value)
         assert "\n" not in message
         assert message.startswith("524MB of memory is too little for ")
@@ -145,3 +161,174 @@ def test_a_large_limit_takes_the_fastest_chunk() -> None:
 def test_extreme_limits(limit: int) -> None:
     found = plan(limit)
     assert (found is not None) == (limit == 1 << 62)
+
+
+# --- With an archive --------------------------------------------------------------------------------------------
+
+KV_HEADS = 48  # layers times KV heads
+ARCHIVE_COSTS = replace(
+    COSTS, digest_bytes_per_token=KV_HEADS * 68 / 16,
+    archive=tuple(ArchiveCost(name, KV_HEADS * size) for name, size in
+                  (("q8", 132), ("q4", 68), ("kvquant3", 60), ("q2", 36))),
+)  # fmt: skip
+GB = 1000**3
+RANKS = {"full": 0, "warm": 1, "mixed": 2, "cold": 2}  # a part in memory more or less: the same answers
+CODEC_RANKS = {None: 0, "q8": 1, "q4": 2, "kvquant3": 3, "q2": 4}
+ARCHIVE_SETTINGS: list[dict[str, Any]] = [
+    {}, {"hot_tokens": 2048}, {"chunk": 512}, {"chunk": 100}, {"window": 300, "sinks": 4}, {"recall_tokens": 0},
+    {"recall_tokens": 256}, {"budget_bytes": 12_500_000}, {"budget_bytes": 60_000_000}, {"window": 40},
+]  # fmt: skip
+
+
+def archived(limit: int, tokens: int = 30_000, disk_bytes: int = 10 * GB, **settings: Any) -> Plan | None:
+    return plan(limit, tokens, settings.pop("costs", ARCHIVE_COSTS), archive=True, disk_bytes=disk_bytes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("limit", "tokens", "disk_bytes", "wishes", "placement", "codec"),
+    [
+        (2 * GB, 30_000, 10 * GB, {}, "full", None),
+        (2 * GB, 30_000, 0, {}, "full", None),
+        (1 * GB, 128_000, 10 * GB, {}, "mixed", "q8"),
+        (2 * GB, 10_000, 10 * GB, {"budget_bytes": 90_000_000}, "warm", "q8"),
+        (880_000_000, 30_000, 10 * GB, {}, "mixed", "q8"),
+        (1 * GB, 30_000, 0, {}, "warm", "q4"),
+        (940_000_000, 30_000, 0, {}, "warm", "q2"),
+        (1 * GB, 30_000, 120_000_000, {}, "mixed", "q8"),
+        (900_000_000, 30_000, 120_000_000, {}, "mixed", "q4"),
+        (8 * GB, 8_192, 10 * GB, {"budget_bytes": 12_500_000}, "cold", "q8"),
+        (8 * GB, 8_192, 0, {"budget_bytes": 30_000_000}, "warm", "q2"),
+        (8 * GB, 200, 10 * GB, {"budget_bytes": 12_500_000}, "full", None),
+    ],
+)  # fmt: skip
+def test_placements(
+    limit: int, tokens: int, disk_bytes: int, wishes: dict[str, Any], placement: str, codec: str | None
+) -> None:
+    found = archived(limit, tokens, disk_bytes, **wishes)
+    assert found is not None
+    assert (found.placement, found.codec) == (placement, codec)
+    assert found.cold_bytes <= disk_bytes
+    assert bool(found.cold_bytes) == (placement in ("mixed", "cold"))
+
+
+@pytest.mark.parametrize("settings", ARCHIVE_SETTINGS, ids=str)
+@pytest.mark.parametrize("disk_bytes", [0, 1_700_000, 150_000_000, 10 * GB])
+@pytest.mark.parametrize("tokens", [1, 700, 8_192, 30_000, 128_000])
+def test_archives_over_a_sweep_of_limits(settings: dict[str, Any], disk_bytes: int, tokens: int) -> None:
+    ranks = []
+    for limit in LIMITS:
+        found = archived(limit, tokens, disk_bytes, **settings)
+        if found is None:
+            ranks.append((9, 0))
+            continue
+        ranks.append((CODEC_RANKS[found.codec], RANKS[found.placement]))
+        rows = dict(found.rows)
+        assert found.total_bytes <= limit * (1 - MARGIN_SHARE) - MARGIN_BYTES
+        assert found.kv_ram_bytes <= settings.get("budget_bytes", limit)
+        assert found.cold_bytes <= disk_bytes
+        assert found.chunk == settings.get("chunk", found.chunk)
+        if found.codec is None:
+            assert found.capacity_tokens >= tokens
+            continue
+        assert found.hot_tokens is not None
+        assert found.sinks is not None
+        assert found.window is not None
+        assert found.hot_tokens == settings.get("hot_tokens", found.sinks + found.window)
+        assert found.sinks == settings.get("sinks", found.sinks)
+        assert found.window == settings.get("window", found.window)
+        assert found.recall_tokens == settings.get("recall_tokens", found.recall_tokens)
+        assert found.capacity_tokens == found.hot_tokens + 63 + found.chunk
+        assert found.archive_tokens + found.hot_tokens >= tokens
+        assert found.warm_bytes == rows[f"archive in RAM ({found.codec})"]
+        per_token = next(cost.bytes_per_token for cost in ARCHIVE_COSTS.archive if cost.codec == found.codec)
+        assert found.warm_bytes + found.cold_bytes == found.archive_tokens * per_token
+        assert found.recall_bytes == (found.recall_tokens * per_token if found.cold_bytes else 0)
+        assert found.digest_bytes == found.archive_tokens * 204
+    assert ranks == sorted(ranks, reverse=True), "more memory has made the placement worse"
+
+
+@pytest.mark.parametrize("settings", ARCHIVE_SETTINGS, ids=str)
+@pytest.mark.parametrize("disk_bytes", [0, 1_700_000, 150_000_000, 10 * GB])
+@pytest.mark.parametrize("tokens", [1, 300, 700, 8_192, 30_000])
+def test_the_smallest_limit_of_an_archive_works_and_less_does_not(
+    settings: dict[str, Any], disk_bytes: int, tokens: int
+) -> None:
+    more = {key: value for key, value in settings.items() if key != "budget_bytes"}
+    limit = smallest(tokens, ARCHIVE_COSTS, archive=True, disk_bytes=disk_bytes, **more)
+    assert archived(limit, tokens, disk_bytes, **more)
+    assert archived(limit - 4, tokens, disk_bytes, **more) is None
+
+
+@pytest.mark.parametrize(("disk_bytes", "tokens"), [(0, 30_000), (10 * GB, 30_000), (10 * GB, 8_192)])
+def test_a_budget_that_is_too_small_is_named(disk_bytes: int, tokens: int) -> None:
+    with pytest.raises(MemoryLimitError, match=r"^kv budget_bytes=4MB is too little for .* would do; raise") as caught:
+        planned(8 * GB, tokens, ARCHIVE_COSTS, archive=True, disk_bytes=disk_bytes, budget_bytes=4_000_000)
+    least = caught.value.smallest_bytes
+    assert archived(8 * GB, tokens, disk_bytes, budget_bytes=least)
+    assert archived(8 * GB, tokens, disk_bytes, budget_bytes=least - 1) is None
+    with pytest.raises(MemoryLimitError, match=r"of memory is .* would do \(with kv budget_bytes=") as both:
+        planned(1, tokens, ARCHIVE_COSTS, archive=True, disk_bytes=disk_bytes, budget_bytes=4_000_000)
+    named = parse_size(str(both.value).split("budget_bytes=")[1].split(")")[0])
+    assert archived(both.value.smallest_bytes, tokens, disk_bytes, budget_bytes=named)
+
+
+def test_the_hot_tier_shrinks_with_the_budget() -> None:
+    found = [archived(8 * GB, 30_000, budget_bytes=size) for size in range(11_500_000, 60_000_000, 250_000)]
+    plans = [each for each in found if each]
+    assert len(plans) > 150
+    shapes = [(each.chunk, each.sinks, each.window, each.recall_tokens) for each in plans]
+    assert shapes[-1] == (512, 64, 512, 1024)
+    assert shapes[0][2] == 128
+    assert len(set(shapes)) >= 6
+    for column in range(4):
+        values = [shape[column] for shape in shapes]
+        assert values == sorted(values)  # type: ignore[type-var]
+
+
+def test_recall_costs_nothing_while_the_archive_is_in_memory() -> None:
+    found = archived(8 * GB, 8_192, budget_bytes=62_000_000)
+    assert found is not None
+    assert (found.placement, found.recall_tokens, found.recall_bytes) == ("warm", 1024, 0)
+
+
+def test_an_archive_has_room_to_grow() -> None:
+    for size, placement in ((90_000_000, "warm"), (40_000_000, "mixed")):
+        short = archived(8 * GB, 8_192, budget_bytes=size)
+        long = archived(8 * GB, 8_192, budget_bytes=size, longest_tokens=32_768)
+        assert short is not None
+        assert long is not None
+        assert short.placement == long.placement == placement
+        assert short.archive_tokens < long.archive_tokens
+        assert long.kv_ram_bytes <= size
+
+
+def test_a_budget_bounds_what_forgets_too() -> None:
+    found = plan(8 * GB, 30_000, budget_bytes=30_000_000)
+    assert found is not None
+    assert found.placement == "pruned"
+    assert 30_000_000 - 2 * COSTS.kv_bytes_per_page < found.kv_limit_bytes <= 30_000_000
+
+
+def test_the_reason_names_the_whole_cache() -> None:
+    found = archived(1 * GB, 30_000, 0)
+    assert found is not None
+    whole = found.full_limit_bytes
+    assert plan(whole, 30_000, ARCHIVE_COSTS, keep_everything=True)
+    assert f"full cache would need {format_size(whole, round_up=True)}" in why(found, "q8")
+    assert "no" not in why(found, found.codec).split()
+    assert "neither memory nor disk has room for q8" in why(found, "q8")
+    assert why(planned(8 * GB, 300), "q8") == "The full cache fits: every token stays as it is."
+    budget = archived(8 * GB, 8_192, budget_bytes=12_500_000)
+    assert budget is not None
+    assert "would fit into the memory, but not into what --kv allows" in why(budget, "q8")
+
+
+def test_what_is_held_after_reading() -> None:
+    whole = planned(8 * GB, 8_192)
+    assert whole.held_bytes(8_192) == pytest.approx(8_192 * COSTS.kv_bytes_per_page / 64, rel=0.01)
+    found = archived(8 * GB, 8_192, budget_bytes=40_000_000)
+    assert found is not None
+    assert found.hot_tokens == 576
+    beside = found.warm_bytes + found.digest_bytes + found.recall_bytes
+    assert found.held_bytes(8_192) == pytest.approx(beside + 608 * COSTS.kv_bytes_per_page / 64, rel=0.02)
+    assert found.held_bytes(8_192) < found.kv_ram_bytes

@@ -1,0 +1,143 @@
+"""From one number, the memory limit of the process, to how a document is read: every byte counted beforehand.
+
+The decision, for the policy ``auto``, is by quality first and speed second:
+
+1. **The whole cache** as floats, when it fits with some chunk.
+2. Else a small hot tier and an **archive** of everything that leaves it. An 8-bit archive loses next to nothing and
+   costs only its digests in RAM when it lies on flash, so the best codec is kept as long as there is any place for it:
+   all of it in RAM (``warm``); else what fits there, the rest on disk (``mixed``, or ``cold`` when only the page that
+   is being filled is in RAM). Then the next smaller codec, in the same order.
+3. Else an error that names the smallest limit which would do.
+
+Within a placement the hot tier takes the roomiest rung of one ladder: 64 sinks, a window of 512 and 1,024 recalled
+tokens, all shrinking together down to 16, 128 and 192; the chunk is the largest of `CHUNKS` that the window is as long
+as. What a person sets stays as it is. With the archive in RAM recalled tokens are read in place and cost nothing.
+
+``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens together, however large the memory is.
+A scorer's name as the policy keeps a budget and forgets the rest (``pruned``): no archive.
+
+`plan` has the records, `hot` plans without an archive, `archive` those with one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...errors import MemoryLimitError
+from ..sizes import format_size
+from .archive import archive_needs, archive_plan
+from .explain import why
+from .hot import full_plan, hot_need, pruned_plan
+from .plan import (
+    CHUNKS,
+    MARGIN_BYTES,
+    MARGIN_SHARE,
+    ArchiveCost,
+    Costs,
+    Need,
+    Placement,
+    Plan,
+    Prediction,
+    Room,
+    Wishes,
+)
+
+__all__ = [
+    "CHUNKS",
+    "MARGIN_BYTES",
+    "MARGIN_SHARE",
+    "ArchiveCost",
+    "Costs",
+    "Placement",
+    "Plan",
+    "Prediction",
+    "Wishes",
+    "make_plan",
+    "why",
+]
+
+
+def make_plan(
+    costs: Costs,
+    limit_bytes: int,
+    *,
+    tokens: int,
+    least_hot_tokens: int,
+    wishes: Wishes = Wishes(),  # noqa: B008 (frozen)
+    keep_everything: bool = False,
+    longest_tokens: int = 0,
+    archive: bool = False,
+    disk_bytes: int = 0,
+) -> Plan:
+    """The best way to read ``tokens`` inside ``limit_bytes``; see the module's text for what is best.
+
+    Args:
+        tokens: of the text, and of the questions and answers that there must be room for.
+        least_hot_tokens: of a budget that forgets: sinks and window.
+        wishes: what a person set.
+        keep_everything: policy ``full``: the whole cache or an error.
+        longest_tokens: how far a conversation may grow; room for it is made as far as there is any.
+        archive: whether what leaves the hot tier is kept; else a budget forgets it.
+        disk_bytes: what the archive may take on disk; 0: it stays in RAM.
+
+    Raises:
+        MemoryLimitError: not even the smallest way fits; the message and ``smallest_bytes`` have the smallest limit
+            that would (of the budget, when that is what is too small).
+    """
+    room = Room(limit_bytes, wishes.budget_bytes)
+    chunks = (wishes.chunk,) if wishes.chunk else CHUNKS
+    unscored = replace(costs, scoring_bytes_per_token=0)
+    whole_costs = unscored if keep_everything or archive else costs
+    whole = hot_need(whole_costs, tokens, wishes)
+    plan = None
+    if wishes.hot_tokens is None:
+        plan = full_plan(whole_costs, room, tokens, longest_tokens, chunks)
+    if plan is None and not keep_everything:
+        if archive:
+            plan = archive_plan(costs, room, tokens, longest_tokens, wishes, disk_bytes)
+        else:
+            plan = pruned_plan(costs, room, least_hot_tokens, wishes, chunks)
+    if plan is not None:
+        return replace(plan, full_limit_bytes=whole.limit_bytes)
+    if keep_everything:
+        needs = [whole]
+    elif archive:
+        needs = archive_needs(costs, tokens, wishes, disk_bytes)
+        needs += [whole] if wishes.hot_tokens is None else []
+    else:
+        pruned = (wishes.hot_tokens or least_hot_tokens) + chunks[-1]
+        needs = [hot_need(costs, pruned if wishes.hot_tokens else min(tokens, pruned), wishes)]
+    remedy = _remedy(wishes, keep_everything=keep_everything, archive=archive)
+    raise _refusal(room, needs, f"{tokens:,} tokens with this model", remedy)
+
+
+def _remedy(wishes: Wishes, *, keep_everything: bool, archive: bool) -> str:
+    if keep_everything:
+        return "leave out --policy full"
+    if wishes.hot_tokens is not None:
+        return "lower --kv hot_tokens"
+    return "give --disk more, or take a smaller model" if archive else "take a smaller model"
+
+
+def _refusal(room: Room, needs: list[Need], task: str, remedy: str) -> MemoryLimitError:
+    """Names what is too small: the limit of the process, the budget of the KV cache within it, or both."""
+    budget = room.budget_bytes
+    affordable = [need.limit_bytes for need in needs if budget is None or need.kv_bytes <= budget]
+    budgets = [need.kv_bytes for need in needs if need.limit_bytes <= room.limit_bytes]
+    if not affordable and budgets and budget is not None:
+        least = min(budgets)
+        return MemoryLimitError(
+            f"kv budget_bytes={format_size(budget)} is too little for {task}: "
+            f"{format_size(least, round_up=True)} would do; raise it or {remedy}",
+            smallest_bytes=least,
+        )
+    least = min(affordable or [need.limit_bytes for need in needs])
+    also = ""
+    if not affordable:
+        kv_bytes = min(need.kv_bytes for need in needs if need.limit_bytes == least)
+        also = f" (with kv budget_bytes={format_size(kv_bytes, round_up=True)})"
+    return MemoryLimitError(
+        f"{format_size(room.limit_bytes)} of memory is too little for {task}: "
+        f"{format_size(least, round_up=True)} would do{also}; raise --memory or {remedy}",
+        smallest_bytes=least,
+    )

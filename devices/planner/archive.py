@@ -1,0 +1,197 @@
+"""Plans with an archive: a small hot tier, and everything else encoded, in RAM or on flash, called back on demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .plan import (
+    ARCHIVE_PAGE_TOKENS,
+    ARCHIVE_STEP,
+    BLOCK_TOKENS,
+    CHUNKS,
+    ArchiveCost,
+    Costs,
+    Need,
+    Placement,
+    Plan,
+    Room,
+    Wishes,
+)
+
+# Tokens per KV head, least and most. What is on the most's side was measured to lose nothing (docs/lab-notes.md);
+# the least still finds needles. In bytes the hot window and the recalled tokens are about 1/2 and 1/3 of what they
+# take with a chunk, all along the way, when the codec has 8 bits.
+SINKS, WINDOW, RECALL = (16, 64), (128, 512), (192, 1024)
+RUNGS = 16
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the hot tier is used: tokens per KV head, and tokens read at a time."""
+
+    chunk: int
+    sinks: int
+    window: int
+    hot_tokens: int
+    recall_tokens: int
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Hot at once: what has just left the window waits until it can be archived in one step."""
+        return self.hot_tokens + ARCHIVE_STEP - 1 + self.chunk
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is planned: so many tokens now, up to so many later, with so much disk."""
+
+    costs: Costs
+    room: Room
+    tokens: int
+    longest_tokens: int
+    disk_bytes: int
+
+
+def splits(wishes: Wishes) -> list[Split]:
+    """From the roomiest to the tightest: sinks, window and recall shrink together, and the chunk with the window.
+
+    A chunk is no longer than the window, which is all that its first token sees in full beside the sinks; only the
+    very last split reads a chunk of half of the least window.
+    """
+    ladder = [_rung(step / RUNGS, wishes) for step in range(RUNGS, -1, -1)]
+    if wishes.chunk is None and ladder[-1].chunk != CHUNKS[-1]:
+        ladder.append(replace(ladder[-1], chunk=CHUNKS[-1]))
+    return list(dict.fromkeys(ladder))
+
+
+def archive_plan(
+    costs: Costs, room: Room, tokens: int, longest_tokens: int, wishes: Wishes, disk_bytes: int
+) -> Plan | None:  # fmt: skip
+    """The best plan with an archive, or None. Codecs by quality; of each one RAM before disk; of these the roomiest."""
+    work = _Work(costs, room, tokens, longest_tokens, disk_bytes)
+    ladder = splits(wishes)
+    for cost in costs.archive:
+        for split in ladder:
+            if plan := _warm(work, _for_warm(split, wishes), cost):
+                return plan
+        for split in ladder:
+            if plan := _on_disk(work, split, cost):
+                return plan
+    return None
+
+
+def archive_needs(costs: Costs, tokens: int, wishes: Wishes, disk_bytes: int) -> list[Need]:
+    """What each way to read with an archive takes at least."""
+    found = []
+    for split in splits(wishes):
+        held = split.capacity_tokens + split.chunk
+        fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held))
+        pages = _pages(tokens, split)
+        for cost in costs.archive:
+            for archived in _least_archived(cost, pages, split, disk_bytes):
+                more = archived + pages * costs.digest_page_bytes
+                found.append(Need(fixed + more, costs.kv_bytes(held) + more))
+    return found
+
+
+def _least_archived(cost: ArchiveCost, pages: int, split: Split, disk_bytes: int) -> Iterator[int]:
+    """RAM of the archive alone: all of it there, or as much on disk as may be."""
+    yield pages * cost.page_bytes
+    cold = min(pages - 1, disk_bytes // cost.page_bytes)
+    if cold > 0:
+        yield (pages - cold) * cost.page_bytes + _recall_bytes(cost, split)
+
+
+def _rung(share: float, wishes: Wishes) -> Split:
+    sinks = _between(SINKS, share) if wishes.sinks is None else wishes.sinks
+    window = _between(WINDOW, share) if wishes.window is None else wishes.window
+    if wishes.hot_tokens is not None:
+        window = min(window, max(wishes.hot_tokens - sinks, 1))
+    hot = max(sinks + window, wishes.hot_tokens or 0)
+    recall = wishes.recall_tokens
+    if recall is None:
+        recall = _between(RECALL, share) // BLOCK_TOKENS * BLOCK_TOKENS
+    chunk = wishes.chunk or next((size for size in CHUNKS if size <= hot - sinks), CHUNKS[-1])
+    return Split(chunk, sinks, window, hot, recall)
+
+
+def _between(ends: tuple[int, int], share: float) -> int:
+    return round(ends[0] + (ends[1] - ends[0]) * share)
+
+
+def _for_warm(split: Split, wishes: Wishes) -> Split:
+    """Recall costs no memory when the archive is in RAM: it is read in place."""
+    return split if wishes.recall_tokens is not None else replace(split, recall_tokens=RECALL[1])
+
+
+def _pages(tokens: int, split: Split) -> int:
+    return -(-max(tokens - split.hot_tokens, 0) // ARCHIVE_PAGE_TOKENS)
+
+
+def _recall_bytes(cost: ArchiveCost, split: Split) -> int:
+    return math.ceil(cost.bytes_per_token * split.recall_tokens)
+
+
+def _scored(costs: Costs, split: Split) -> Costs:
+    """A scorer works only where more stays hot than sinks and window."""
+    return costs if split.hot_tokens > split.sinks + split.window else replace(costs, scoring_bytes_per_token=0)
+
+
+def _left(work: _Work, split: Split, pages: int) -> int:
+    """Bytes that are left of the KV cache's room beside the hot pages and the digests."""
+    held, costs = split.capacity_tokens + split.chunk, _scored(work.costs, split)
+    hot = costs.kv_bytes(held)
+    scoring = costs.scoring_bytes_per_token * costs.page_tokens * costs.pages(held)
+    room = work.room.beside(costs, split.chunk) - scoring
+    if work.room.budget_bytes is not None:  # which does not pay for scoring
+        room = min(room, work.room.budget_bytes)
+    return room - hot - pages * costs.digest_page_bytes
+
+
+def _warm(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
+    pages = _pages(work.tokens, split)
+    spare = _left(work, split, pages) - pages * cost.page_bytes
+    if spare < 0:
+        return None
+    growth = _pages(work.longest_tokens, split) - pages
+    pages += max(min(growth, spare // (cost.page_bytes + work.costs.digest_page_bytes)), 0)
+    return _plan(work, split, cost, "warm", pages, warm_pages=pages)
+
+
+def _on_disk(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
+    """The page that is being filled stays in RAM, and as many others as there is room for."""
+    pages = _pages(work.tokens, split)
+    spare = _left(work, split, pages) - _recall_bytes(cost, split)
+    warm = min(spare // cost.page_bytes, pages - 1)
+    if warm < 1 or (pages - warm) * cost.page_bytes > work.disk_bytes:
+        return None
+    growth = min(_pages(work.longest_tokens, split), work.disk_bytes // cost.page_bytes + 1) - pages
+    digest_room = spare - cost.page_bytes
+    growth = max(min(growth, digest_room // max(work.costs.digest_page_bytes, 1)), 0)
+    pages += growth
+    warm = min((spare - growth * work.costs.digest_page_bytes) // cost.page_bytes, pages - 1)
+    return _plan(work, split, cost, "mixed" if warm > 1 else "cold", pages, warm_pages=warm)
+
+
+def _plan(
+    work: _Work, split: Split, cost: ArchiveCost, placement: Placement, pages: int, *, warm_pages: int
+) -> Plan:  # fmt: skip
+    costs, held = _scored(work.costs, split), split.capacity_tokens + split.chunk
+    warm, cold = warm_pages * cost.page_bytes, (pages - warm_pages) * cost.page_bytes
+    digests = pages * costs.digest_page_bytes
+    recall = _recall_bytes(cost, split) if cold else 0
+    rows = [
+        *costs.rows(split.chunk, held),
+        (f"archive in RAM ({cost.codec})", warm),
+        ("digests of the archive", digests),
+        ("recalled tokens", recall),
+    ]
+    return Plan(
+        limit_bytes=work.room.limit_bytes, chunk=split.chunk, hot_tokens=split.hot_tokens,
+        capacity_tokens=split.capacity_tokens, kv_limit_bytes=costs.kv_bytes(held), rows=tuple(rows),
+        placement=placement, codec=cost.codec, sinks=split.sinks, window=split.window,
+        recall_tokens=split.recall_tokens, archive_tokens=pages * ARCHIVE_PAGE_TOKENS, warm_bytes=warm,
+        cold_bytes=cold, digest_bytes=digests, recall_bytes=recall,
+    )  # fmt: skip

@@ -1,0 +1,58 @@
+"""Plans without an archive: the whole cache as floats, or a budget that forgets what a scorer ranks low."""
+
+from __future__ import annotations
+
+from .plan import CHUNKS, Costs, Need, Placement, Plan, Room, Wishes
+
+
+def full_plan(costs: Costs, room: Room, tokens: int, longest_tokens: int, chunks: tuple[int, ...]) -> Plan | None:
+    """Everything stays; the largest chunk that leaves room for it, and then as much room to grow as there is."""
+    for chunk in chunks:
+        most = _capacity(costs, room, chunk)
+        if tokens <= most:
+            return _plan(costs, room, chunk, None, min(most, max(tokens, longest_tokens)), "full")
+    return None
+
+
+def pruned_plan(
+    costs: Costs, room: Room, least_hot_tokens: int, wishes: Wishes, chunks: tuple[int, ...]
+) -> Plan | None:  # fmt: skip
+    """The largest budget of hot tokens, or the one asked for."""
+    # A small budget wants small chunks: one should not be more than half of what stays.
+    plans = [_pruned(costs, room, size, least_hot_tokens, wishes.hot_tokens) for size in chunks]
+    found = [plan for plan in plans if plan]
+    roomy = [plan for plan in found if (plan.hot_tokens or 0) >= 2 * plan.chunk]
+    if not found:
+        return None
+    return (roomy or found)[0 if roomy or wishes.hot_tokens is not None else -1]
+
+
+def hot_need(costs: Costs, held_tokens: int, wishes: Wishes) -> Need:
+    """What it takes to have ``held_tokens`` (and the chunk being read) hot."""
+    chunk = wishes.chunk or CHUNKS[-1]
+    held = held_tokens + chunk
+    return Need(sum(size for _, size in costs.rows(chunk, held)), costs.kv_bytes(held))
+
+
+def _capacity(costs: Costs, room: Room, chunk: int) -> int:
+    """Tokens per KV head that fit; a fork's turn may take a chunk more, which is left out."""
+    page_bytes = costs.kv_bytes_per_page + costs.scoring_bytes_per_token * costs.page_tokens
+    pages = max(room.beside(costs, chunk), 0) // page_bytes
+    if room.budget_bytes is not None:  # which does not pay for scoring
+        pages = min(pages, room.budget_bytes // costs.kv_bytes_per_page)
+    return pages * costs.page_tokens - chunk
+
+
+def _pruned(costs: Costs, room: Room, chunk: int, least_hot: int, hot_tokens: int | None) -> Plan | None:
+    most = _capacity(costs, room, chunk)
+    hot = most - chunk if hot_tokens is None else hot_tokens
+    fits = least_hot <= hot <= most - chunk
+    return _plan(costs, room, chunk, hot, hot + chunk, "pruned") if fits else None
+
+
+def _plan(
+    costs: Costs, room: Room, chunk: int, hot_tokens: int | None, capacity: int, placement: Placement
+) -> Plan:  # fmt: skip
+    held = capacity + chunk
+    rows = tuple(costs.rows(chunk, held))
+    return Plan(room.limit_bytes, chunk, hot_tokens, capacity, costs.kv_bytes(held), rows, placement)

@@ -1,0 +1,73 @@
+"""Predicted seconds: the counts against a slow loop, and the direction that each cost pushes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from satchel.devices.flash import Flash
+from satchel.devices.planner import Plan
+from satchel.devices.roofline import Rates, Work, attended_pairs, estimated_rates, fetch_seconds, predict
+
+FULL = Plan(10**9, 512, None, 4096, 10**8, ())
+PRUNED = replace(FULL, chunk=100, hot_tokens=300, placement="pruned")
+COLD = replace(
+    FULL, chunk=128, hot_tokens=256, placement="cold", codec="q8", recall_tokens=256, recall_bytes=256 * 6336,
+    warm_bytes=1_622_016, cold_bytes=50_000_000, digest_bytes=1_700_000,
+)  # fmt: skip
+WARM = replace(COLD, placement="warm", recall_bytes=0, warm_bytes=51_622_016, cold_bytes=0)
+RATES = Rates(0.005, 4e-6, 0.035, 2e-6, True)
+WORK = Work(0.7e9, 4e8, 86_016, 12_480, 48)
+FLASH = Flash(1e9, 1e-4, 65536, True)
+
+
+def seconds(plan: Plan, tokens: int, flash: Flash = FLASH) -> tuple[float, float]:
+    found = predict(plan, tokens, RATES, WORK, flash, threads=2, recall_every=8)
+    return found.read_seconds, found.decode_tokens_per_second
+
+
+@pytest.mark.parametrize("plan", [FULL, PRUNED, COLD], ids=lambda plan: plan.placement)
+@pytest.mark.parametrize("tokens", [1, 99, 100, 101, 513, 2_000])
+def test_pairs_against_a_loop(plan: Plan, tokens: int) -> None:
+    reach = {"full": 10**9, "pruned": 300, "cold": 256 + 32 + 256}[plan.placement]
+    slow = sum(min(place - place % plan.chunk, reach) + place % plan.chunk + 1 for place in range(tokens))
+    assert attended_pairs(plan, tokens) == pytest.approx(slow)
+
+
+def test_reading_the_whole_is_counted_to_the_letter() -> None:
+    read, decode = seconds(FULL, 1000)
+    assert read == pytest.approx(1000 * 0.005 + 1000 * 1001 / 2 * 4e-6)
+    assert decode == pytest.approx(1 / (0.035 + 1000 * 2e-6))
+
+
+def test_flash_costs_and_memory_does_not() -> None:
+    assert fetch_seconds(WARM, WORK, FLASH) == 0
+    assert fetch_seconds(replace(COLD, recall_tokens=0), WORK, FLASH) == 0
+    # 16 blocks of 48 heads, 2,112 bytes each: one unit and what it straddles
+    share = COLD.cold_bytes / (COLD.cold_bytes + COLD.warm_bytes)
+    assert fetch_seconds(COLD, WORK, FLASH) == pytest.approx(768 * share * (8192 / 1e9 + 1e-4 / 8))
+    assert seconds(COLD, 8_000)[0] > seconds(WARM, 8_000)[0]
+    assert seconds(COLD, 8_000)[1] < seconds(WARM, 8_000)[1]
+    slow = replace(FLASH, latency_seconds=1e-2, bandwidth=1e7)
+    assert seconds(COLD, 8_000, slow)[0] > 1.5 * seconds(COLD, 8_000)[0]
+
+
+def test_an_archive_pays_at_length() -> None:
+    assert seconds(WARM, 100_000)[0] < seconds(FULL, 100_000)[0] / 5
+    assert seconds(WARM, 100_000)[1] > seconds(FULL, 100_000)[1]
+
+
+def test_estimates_are_within_reason() -> None:
+    rates = estimated_rates(WORK, 2)
+    assert not rates.is_measured
+    assert rates.is_sound
+    assert 50 < 1 / rates.prefill_seconds_per_token < 500  # measured: 187 (README)
+    assert 10 < 1 / rates.decode_seconds_per_token < 100  # measured: 28
+    assert estimated_rates(WORK, 4).prefill_seconds_per_token == rates.prefill_seconds_per_token / 2
+
+
+@pytest.mark.parametrize("field", [name for name in Rates.__dataclass_fields__ if name != "is_measured"])
+def test_unsound_rates_are_noticed(field: str) -> None:
+    assert RATES.is_sound
+    for value in (-1.0, float("nan"), float("inf")):
+        assert not replace(RATES, **{field: value}).is_sound
