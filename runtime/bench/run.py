@@ -85,7 +85,7 @@ def prepare(
     options = Options.check(memory, policy, kv, threads, "cpu")
     if context < 1 or runs < 1:
         raise OptionError(f"context is {context} and runs is {runs}; give 1 or more of each")
-    peer_file = None if against is None else _peer_file(against, model, cache_dir, progress, notice)
+    peer_file = None if against is None else peer_file(against, model, cache_dir, progress, notice)
     package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice)
     room = package.spec.context_length - DECODE_TOKENS
     if context > room:
@@ -118,7 +118,7 @@ def _our_side(package: Package, memory: str | None, policy: str, kv: Mapping[str
     return Side("satchel", "satchel", f"{__package__}.satchel_engine", given)
 
 
-def _peer_file(
+def peer_file(
     against: str, model: str, cache_dir: Path | None, progress: Progress, notice: Notice
 ) -> Path:
     """The .gguf that the peer shall read. Raises OptionError when the peer is unknown or not installed."""
