@@ -86,7 +86,7 @@ class TwoParagraphs(Task):
         # half the text lies between the two that count
         for depth, paragraph in sorted([(draw.place.depth, fames[0]), ((draw.place.depth + 0.5) % 1, births[0])]):
             filling.insert(round(depth * len(filling)), paragraph)
-        question = f"What is the town where {people[0]} was born known for? Answer briefly, from the paragraphs above."
+        question = f"{people[0]} was born in a town. What is that town known for? Answer from the paragraphs above."
         return Sample(HEAD + _numbered(filling), (Question(question, (things[0],), NEW_TOKENS),))
 
 
@@ -107,9 +107,9 @@ def manual_facts() -> tuple[Fact, ...]:
     for entry in asked:
         answers = tuple(entry["answers"])
         blocks = sections[entry["section"]].split("\n\n")
-        fitting = [block for block in blocks if all(_has(block, answer) for answer in answers)]
-        best = max(fitting, key=lambda block: _shared_words(block, entry["question"]))
-        facts.append(Fact(entry["question"], answers, _plain(best)))
+        first = next(i for i, block in enumerate(blocks) if all(_has(block, answer) for answer in answers))
+        begin = first - blocks[first].startswith("    ")  # a calculation belongs to the paragraph before it
+        facts.append(Fact(entry["question"], answers, " ".join(map(_plain, blocks[begin : first + 1]))))
     return tuple(facts)
 
 
@@ -131,11 +131,6 @@ def _has(text: str, part: str) -> bool:
 
 def _gives_away(text: str, answers: tuple[str, ...]) -> bool:
     return any(_has(text, answer) for answer in answers)
-
-
-def _shared_words(block: str, question: str) -> int:
-    words = set(re.findall(r"\w{4,}", question.lower()))
-    return len(words & set(re.findall(r"\w{4,}", block.lower())))
 
 
 def _numbered(paragraphs: list[str]) -> str:

@@ -5,7 +5,6 @@ Nothing is hidden at a place here: every part of the text counts. RULER begins t
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from math import pi
 
@@ -23,7 +22,9 @@ FREQUENT = 3
 class CommonWords(Task):
     """Ten words come 30 times each, all others 3 times (6 times and once below 4,096 tokens), shuffled and numbered.
 
-    The words are of the given text; RULER has a list of English words for it. Sizes count the other words.
+    The words are of the given text; RULER has a list of English words for it. RULER also puts an example with its
+    answer before the list: small models repeat that answer, as it stands there with the same question, so there is
+    none here. Sizes count the other words.
     """
 
     name = "cwe"
@@ -32,18 +33,15 @@ class CommonWords(Task):
     def make(self, draw: Draw, size: int) -> Sample:
         often, seldom = (30, 3) if draw.context >= LONG_CONTEXT else (6, 1)
         words = _words(draw)
-        example_common, common = _take(words, COMMON), _take(words, COMMON)
-        example = _numbered(draw.rng, example_common, 3, _take(words, COMMON), 1)
-        text = _numbered(draw.rng, common, often, _take(words, size, avoid=common), seldom)
+        common = _take(words, COMMON)
+        listed = common * often + _take(words, size, avoid=common) * seldom
+        draw.rng.shuffle(listed)
         document = (
-            "Below is a numbered list of words, in which some come more often than the others. Remember those that come "
-            f"most often.\n\nAn example, with a list of its own:\n{example}\nQuestion: {self._ask()}\n"
-            f"Answer: {_listed(example_common)}\n\nThe list:\n{text}"
+            "Below is a numbered list of words, in which some come more often than the others. Remember those that "
+            "come most often.\n\n" + " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
         )
-        return Sample(document, (Question(self._ask(), tuple(common), 120),))
-
-    def _ask(self) -> str:
-        return f"What are the {COMMON} most common words in the list above?"
+        question = f"What are the {COMMON} most common words in the list above?"
+        return Sample(document, (Question(question, tuple(common), 120),))
 
 
 class FrequentWords(Task):
@@ -91,13 +89,3 @@ def _take(words: Iterator[str], count: int, avoid: Sequence[str] = ()) -> list[s
         if not any(word in other or other in word for other in apart):
             found.append(word)
     return found
-
-
-def _numbered(rng: random.Random, common: list[str], often: int, others: list[str], seldom: int) -> str:
-    words = common * often + others * seldom
-    rng.shuffle(words)
-    return _listed(words)
-
-
-def _listed(words: list[str]) -> str:
-    return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))

@@ -1,7 +1,8 @@
 """Needles in a haystack: RULER's eight retrieval tasks, the plain needle test, and eight needles in one conversation.
 
 A needle is "One of the special magic numbers for KEY is: VALUE." The filling is noise, a real text, or other needles.
-RULER begins the answer for the model; we ask plainly, as a person would. Sizes count sentences, lines or needles.
+RULER begins the answer for the model; we ask plainly, as a person would, and say how to list several. Sizes count
+sentences, lines or needles.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class NeedleTask(Task):
         rng.shuffle(order)
         pairs = [(key, value) for key in chosen for value in facts[key]]
         count = len(pairs)
-        # one stands exactly where asked, the others at even distances
-        depths = [(place.depth + index / count) % 1 for index in range(count)]
+        # the first one stands exactly where asked, the others at even distances
+        places = [place.depth + index / count for index in range(count)]
+        depths = [depth if depth <= 1 else depth - 1 for depth in places]
         needles = [self._needle(key, value) for key, value in pairs]
         filling = self._filling(draw, size, keys, values)
         text = plant(filling, zip(depths, needles, strict=True))
@@ -74,7 +76,7 @@ class NeedleTask(Task):
         else:
             text = (
                 f"What are all the special magic {PLURAL[self.value]} for {in_words(keys)} mentioned in the text "
-                "above?"
+                "above? Answer with a line for each."
             )
         return Question(text, references, NEW_TOKENS)
 

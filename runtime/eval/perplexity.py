@@ -1,10 +1,10 @@
 """Perplexity, and the distance of the next-token distribution from that of the full cache.
 
-The text is cut into windows of the context's length, read as plain text without a chat template. Only the second half of
-a window counts: its tokens are read teacher-forced, and at evenly spaced positions the distribution of the next token
-is taken, from the full cache and from the policy at the very same positions. What lies between two positions is read
-as one chunk. The Kullback-Leibler divergence (nats, of the full cache's distribution from the side's) says more than
-perplexity: a wrong token that the full cache would have got wrong as well does not count.
+A window is as long as the context, of plain text without a chat template. Only its second half counts: its tokens are
+read teacher-forced, and at evenly spaced positions the distribution of the next token is taken, from the full cache and
+from the policy at the very same positions. What lies between two positions is read as one chunk. The Kullback-Leibler
+divergence (nats, of the full cache's distribution from the side's) says more than perplexity: a wrong token that the
+full cache would have got wrong as well does not count.
 
 Rows of log-probabilities are float32 and whole, so the divergence is exact; they lie beside the results.
 """
@@ -43,7 +43,9 @@ class Window:
     def label(self) -> str:
         return str(self.index)
 
-    def measure(self, runner: Runner, progress: Progress, *, rows: Path | None, reference: Path | None) -> dict[str, Any]:
+    def measure(
+        self, runner: Runner, progress: Progress, *, rows: Path | None, reference: Path | None
+    ) -> dict[str, Any]:
         begun = time.perf_counter()
         reference_rows = None if reference is None else read_rows(reference)
         sums = _Sums()
@@ -136,7 +138,7 @@ def window_positions(context: int, samples: int) -> tuple[int, ...]:
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """float64 [vocab]."""
     shifted = logits.astype(np.float64) - float(logits.max())
-    return shifted - float(np.log(np.exp(shifted).sum()))  # type: ignore[no-any-return]
+    return shifted - float(np.log(np.exp(shifted).sum()))
 
 
 PERPLEXITY_SUITE = PerplexitySuite()

@@ -18,6 +18,7 @@ from ...export.resolve import resolve_model
 from ..bench.run import PEER, peer_file
 from ..chat_template import ChatTemplate
 from ..documents import read_documents
+from ..engine import Cancelled
 from ..tokenizer import Tokenizer
 from .conversations import check_tasks
 from .haystack import Haystack
@@ -66,7 +67,9 @@ class Evaluation:
         done = 0
         # whom the others are compared with comes first
         for side in sorted(self.sides, key=lambda side: side.label != side.reference):
-            if todo[side.label] and not self._cancelled:
+            if self._cancelled:
+                raise Cancelled("the evaluation was stopped")
+            if todo[side.label]:
                 with self._opened(side) as runner:
                     for item in todo[side.label]:
                         self._measure(side, item, runner, self._scaled(progress, side, done, total))
@@ -107,7 +110,7 @@ class Evaluation:
         """Tokens of all samples: a sample counts as its context."""
         context = self.asked.context
 
-        def scaled(stage: str, done: int, all_of_it: int, /) -> None:
+        def scaled(_stage: str, done: int, all_of_it: int, /) -> None:
             share = min(done / max(all_of_it, 1), 1)
             progress(f"{side.label}, sample {before + 1}/{total}", int((before + share) * context), total * context)
 
@@ -196,8 +199,8 @@ def prepare(
     package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice)
     if order.context > package.spec.context_length:
         raise ContextLengthError(
-            f"--context {order.context:,} is more than the {package.spec.context_length:,} tokens that the model {model} "
-            f"reads; give {package.spec.context_length:,} or less"
+            f"--context {order.context:,} is more than the {package.spec.context_length:,} tokens that the model "
+            f"{model} reads; give {package.spec.context_length:,} or less"
         )
     speaker = _speaker(package)
     tasks = check_tasks(suite, order.tasks)
@@ -274,5 +277,7 @@ def _peer(
     if not any(side.kv_type for side in sides):
         return None
     if importlib.util.find_spec("llama_cpp") is not None and Path(model).expanduser().is_dir():
-        raise ModelError(f"{model} is a folder, but {PEER} reads .gguf files: give the .gguf that it was made of as MODEL")
+        raise ModelError(
+            f"{model} is a folder, but {PEER} reads .gguf files: give the .gguf that it was made of as MODEL"
+        )
     return peer_file(PEER, model, cache_dir, progress, notice)

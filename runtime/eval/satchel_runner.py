@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ class SatchelRunner:
             row = context.prefill(ids[:first], watched)
             assert row is not None, "there is at least one token"
             yield row
-            for last, position in zip(positions, positions[1:], strict=False):
+            for last, position in pairwise(positions):
                 for begin in range(last + 1, position + 1, context.plan.chunk):
                     watched("reading", begin, len(ids))
                     row = context.append(ids[begin : min(begin + context.plan.chunk, position + 1)])

@@ -37,7 +37,9 @@ class Item(Protocol):
     def label(self) -> str:
         """Names it within its task."""
 
-    def measure(self, runner: Runner, progress: Progress, *, rows: Path | None, reference: Path | None) -> dict[str, Any]:
+    def measure(
+        self, runner: Runner, progress: Progress, *, rows: Path | None, reference: Path | None
+    ) -> dict[str, Any]:
         """A record for the results, with the label as ``sample``.
 
         ``rows``: where to keep log-probabilities that others are compared with; ``reference``: such a file.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 from .haystack import NOISE, plant
 from .task import Draw, Question, Sample, Task
@@ -41,7 +42,7 @@ def _chain(rng: random.Random, names: Iterator[str], depth: float, lines: int) -
     value = str(rng.randrange(10_000, 100_000))
     chain = [next(names) for _ in range(HOPS + 1)]
     statements = [f"VAR {chain[0]} = {value}"]
-    statements += [f"VAR {later} = VAR {earlier}" for earlier, later in zip(chain, chain[1:], strict=False)]
+    statements += [f"VAR {later} = VAR {earlier}" for earlier, later in pairwise(chain)]
     depths = [(depth + index) / len(chain) for index in range(len(chain))]
     return plant([NOISE] * lines, zip(depths, statements, strict=True)), value, chain
 

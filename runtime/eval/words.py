@@ -6,29 +6,35 @@ import random
 import uuid
 from collections.abc import Iterator
 
-ADJECTIVES = """able amber ancient ardent autumn azure bashful basic bitter blazing blunt bold boundless brave breezy brief
-bright brisk broad bronze calm candid careful cheerful chilly civil clever cloudy coarse cobalt copper coral cosmic crimson
-crisp curious curly daring dapper dusty eager earnest early elegant emerald faint fair famous fancy fearless fierce floral
-fluent foggy formal fragile frosty frugal gentle giddy gilded glad golden graceful grand grateful hasty hazel hearty hidden
-hollow humble icy idle indigo jolly jovial keen kind lavish lazy lively lofty lonely loyal lucid lunar mellow merry mighty
-misty modest narrow neat nimble noble oaken odd olive opal orderly pale patient placid plain playful polite proud purple
-quaint quick quiet rapid rare restless robust rocky rosy rugged rustic scarlet serene sharp shy silent silver simple sleepy
-slender smooth snowy sober solar solemn spare speedy spicy stark steady steep stern stormy sturdy subtle sunny supple swift
-tame tender thrifty tidy tiny topaz tranquil trusty upbeat urban vast velvet violet vivid warm weary wild windy wise witty
-wooden young zealous""".split()
-NOUNS = """acorn alcove anchor anvil apron arch arrow atlas attic badge bakery balcony banjo barge barley basin basket beacon
-bench blanket bobbin bonfire bottle boulder bridge broom bucket buckle bureau button cabin cactus canal candle canoe canyon
-carpet castle cellar chapel chariot chimney cider cinder citadel clover cobbler comet compass coral cottage cradle crater
-crystal cupboard curtain cushion dagger dairy desert dolphin drawer drum eagle easel elbow engine falcon fathom feather fern
-ferry fiddle fjord flagon flute forest fountain furnace galaxy garden gazebo geyser glacier goblet granary grotto guitar
-hammer hamlet harbor hatchet haven hedge helmet heron hollow horizon island ivory jacket jasmine journal kayak kennel kettle
-kiln ladder lagoon lantern lattice ledger lemon lichen lighthouse lilac loom magnet mallet mandolin maple marble market
-meadow medal mirror mitten monsoon mosaic nectar needle nettle notebook nutmeg oasis oboe orchard otter oyster paddle
-pagoda parcel pasture pavilion pebble pelican pencil pepper pigeon pillow plateau plum pocket pony portrait prairie prism
-pulley pumpkin quarry quill quilt rafter raven reef ribbon river rocket saddle saffron satchel scarf schooner seashell
-shutter sickle sparrow spindle stable statue summit sundial tavern teapot temple thicket thimble timber toolbox tower tractor
-trellis trumpet tulip tunnel turbine turnip umbrella valley vessel village viola walnut waterfall whistle willow window
-workshop yarrow zephyr""".split()
+_ADJECTIVES = """
+able amber ancient ardent autumn azure bashful basic bitter blazing blunt bold boundless brave breezy brief bright
+brisk broad bronze calm candid careful cheerful chilly civil clever cloudy coarse cobalt copper coral cosmic
+crimson crisp curious curly daring dapper dusty eager earnest early elegant emerald faint fair famous fancy
+fearless fierce floral fluent foggy formal fragile frosty frugal gentle giddy gilded glad golden graceful grand
+grateful hasty hazel hearty hidden hollow humble icy idle indigo jolly jovial keen kind lavish lazy lively lofty
+lonely loyal lucid lunar mellow merry mighty misty modest narrow neat nimble noble oaken odd olive opal orderly
+pale patient placid plain playful polite proud purple quaint quick quiet rapid rare restless robust rocky rosy
+rugged rustic scarlet serene sharp shy silent silver simple sleepy slender smooth snowy sober solar solemn spare
+speedy spicy stark steady steep stern stormy sturdy subtle sunny supple swift tame tender thrifty tidy tiny topaz
+tranquil trusty upbeat urban vast velvet violet vivid warm weary wild windy wise witty wooden young zealous
+"""
+_NOUNS = """
+acorn alcove anchor anvil apron arch arrow atlas attic badge bakery balcony banjo barge barley basin basket beacon
+bench blanket bobbin bonfire bottle boulder bridge broom bucket buckle bureau button cabin cactus canal candle
+canoe canyon carpet castle cellar chapel chariot chimney cider cinder citadel clover cobbler comet compass coral
+cottage cradle crater crystal cupboard curtain cushion dagger dairy desert dolphin drawer drum eagle easel elbow
+engine falcon fathom feather fern ferry fiddle fjord flagon flute forest fountain furnace galaxy garden gazebo
+geyser glacier goblet granary grotto guitar hammer hamlet harbor hatchet haven hedge helmet heron hollow horizon
+island ivory jacket jasmine journal kayak kennel kettle kiln ladder lagoon lantern lattice ledger lemon lichen
+lighthouse lilac loom magnet mallet mandolin maple marble market meadow medal mirror mitten monsoon mosaic nectar
+needle nettle notebook nutmeg oasis oboe orchard otter oyster paddle pagoda parcel pasture pavilion pebble pelican
+pencil pepper pigeon pillow plateau plum pocket pony portrait prairie prism pulley pumpkin quarry quill quilt
+rafter raven reef ribbon river rocket saddle saffron satchel scarf schooner seashell shutter sickle sparrow spindle
+stable statue summit sundial tavern teapot temple thicket thimble timber toolbox tower tractor trellis trumpet
+tulip tunnel turbine turnip umbrella valley vessel village viola walnut waterfall whistle willow window workshop
+yarrow zephyr
+"""
+ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
