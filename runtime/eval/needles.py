@@ -76,8 +76,10 @@ class NeedleTask(Task):
         else:
             text = (
                 f"What are all the special magic {PLURAL[self.value]} for {in_words(keys)} mentioned in the text "
-                "above? Answer with a line for each."
+                "above?"
             )
+        if len(keys) > 1:  # else small models begin to recite the text
+            text += " Answer with a line for each."
         return Question(text, references, NEW_TOKENS)
 
 
