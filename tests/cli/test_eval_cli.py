@@ -17,7 +17,7 @@ from satchel.cache.scorers import scorer_names
         (["--context", "900"], "Missing option '--suite'"),
         (["--suite", "needle"], "Missing option '--context'"),
         (["--suite", "longbench", "--context", "900"], "'longbench' is not one of 'needle', 'ruler'"),
-        (["--suite", "ruler", "--context", "900", "--tasks", "single_9"], "task 'single_9' is not known in suite ruler"),
+        (["--suite", "ruler", "--context", "900", "--tasks", "single_9"], "'single_9' is not known in suite ruler"),
         (["--suite", "ruler", "--context", "900", "--tasks", ""], "task '' is not known"),
         (["--suite", "needle", "--context", "0"], "0 is not in the range"),
         (["--suite", "needle", "--context", "9", "--samples", "0"], "0 is not in the range"),
