@@ -63,7 +63,11 @@ packages = ["satchel"] + [
 setup(
     packages=packages,
     package_dir={"satchel": "."},
-    package_data={"satchel": ["py.typed"], "satchel.kernels": ["*.pyi"], "satchel.export.hub": ["*.json"]},
+    package_data={
+        "satchel": ["py.typed", "docs/samples/*"],  # questions of `satchel eval`
+        "satchel.kernels": ["*.pyi"],
+        "satchel.export.hub": ["*.json"],
+    },
     ext_modules=[
         Pybind11Extension(
             "satchel.kernels._native",

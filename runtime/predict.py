@@ -21,7 +21,7 @@ from ..devices.machine import cpu_name
 from ..devices.planner import Plan, why
 from ..devices.remembered import remember, remembered
 from ..devices.roofline import Rates, Work, estimated_rates, predict
-from ..export.hub.cache_folder import cache_folder
+from ..devices.files.cache_folder import cache_folder
 from .memory import archive_costs, page_bytes
 from .model import Model
 

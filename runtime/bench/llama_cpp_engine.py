@@ -1,7 +1,7 @@
 """The peer's side of a measurement: llama.cpp through llama-cpp-python, at its best sane settings.
 
-Flash attention, batches of 512, 16-bit keys and values, the file mapped, a context no longer than needed.
-This file runs without our package (see ``worker.py``), so it imports nothing of it.
+Flash attention, batches of 512, keys and values of 16 bits unless asked otherwise, the file mapped, a context no longer
+than needed. This file runs without our package (see ``worker.py``), so it imports nothing of it.
 """
 
 from __future__ import annotations
@@ -15,36 +15,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 BATCH = 512  # n_batch and n_ubatch
+KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 CONTEXT_STEP = 256  # llama.cpp rounds a context up to such a multiple
 
 
 class LlamaCppEngine:
-    """A loaded model with an empty context."""
+    """A loaded model with an empty context of at least ``tokens`` tokens; keys and values are of ``kv_type``."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        tokens = len(job["ids"]) + job["decode_tokens"] + 1
-        path = job["options"]["model"]
+    def __init__(self, path: str, *, tokens: int, threads: int, kv_type: str = "f16") -> None:
+        """Raises ValueError when the file cannot be loaded."""
+        kind = KV_TYPES[kv_type]
         try:
             self._llama = llama_cpp.Llama(
                 path,
                 n_ctx=-(-tokens // CONTEXT_STEP) * CONTEXT_STEP,
                 n_batch=BATCH,
                 n_ubatch=BATCH,
-                n_threads=job["threads"],
-                n_threads_batch=job["threads"],
+                n_threads=threads,
+                n_threads_batch=threads,
                 n_gpu_layers=0,
                 flash_attn=True,
+                type_k=kind,
+                type_v=kind,
                 verbose=False,
             )
         except ValueError as error:
             raise ValueError(f"llama.cpp cannot load {path} ({error})") from error
-        self._threads = job["threads"]
-        self._vocab = self._llama.n_vocab()
-        if max(job["ids"]) >= self._vocab:
-            raise ValueError(
-                f"{path} has a vocabulary of {self._vocab} tokens, too few for the ids of this model; "
-                "give another file of the same model"
-            )
+        self._threads, self._kv_type = threads, kv_type
+        self.vocab = int(self._llama.n_vocab())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return int(self._llama.n_tokens)
+
+    def reset(self) -> None:
+        """Forgets what was read."""
+        self._llama.reset()
+
+    def close(self) -> None:
+        """Frees the model and its context."""
+        self._llama.close()
 
     def prefill(
         self, ids: Sequence[int], progress: Callable[[str, int, int], object]
@@ -74,7 +85,7 @@ class LlamaCppEngine:
             "flash_attn": True,
             "n_batch": BATCH,
             "n_ubatch": BATCH,
-            "kv_type": "f16",
+            "kv_type": self._kv_type,
             "n_ctx": self._llama.n_ctx(),
             "n_threads": self._threads,
             "simd": [word.split("=")[0].strip() for word in cpu.split(":")[-1].split("|") if "= 1" in word],
@@ -83,7 +94,7 @@ class LlamaCppEngine:
     def _logits(self) -> NDArray[np.float32]:
         row = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
         found: NDArray[np.float32] = np.ctypeslib.as_array(
-            ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), shape=(self._vocab,)
+            ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), shape=(self.vocab,)
         )
         return found
 
@@ -91,4 +102,11 @@ class LlamaCppEngine:
 def open_engine(job: dict[str, Any], notice: Callable[[str], object]) -> LlamaCppEngine:
     """Loads the GGUF file ``options.model`` with room for the job's tokens."""
     del notice
-    return LlamaCppEngine(job)
+    path = job["options"]["model"]
+    engine = LlamaCppEngine(path, tokens=len(job["ids"]) + job["decode_tokens"] + 1, threads=job["threads"])
+    if max(job["ids"]) >= engine.vocab:
+        raise ValueError(
+            f"{path} has a vocabulary of {engine.vocab} tokens, too few for the ids of this model; "
+            "give another file of the same model"
+        )
+    return engine

@@ -87,7 +87,7 @@ def prepare(
     options = Options.check(memory, policy, kv, threads, "cpu", disk)
     if context < 1 or runs < 1:
         raise OptionError(f"context is {context} and runs is {runs}; give 1 or more of each")
-    peer_file = None if against is None else _peer_file(against, model, cache_dir, progress, notice)
+    theirs = None if against is None else peer_file(against, model, cache_dir, progress, notice)
     package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice)
     room = package.spec.context_length - DECODE_TOKENS
     if context > room:
@@ -98,10 +98,10 @@ def prepare(
         )
     made = make_text(Tokenizer.open(package.folder, package.manifest.tokenizer), context, text)
     sides, files = [_our_side(package, memory=memory, policy=policy, kv=dict(kv or {}), disk=disk)], [package.data_file]
-    if peer_file is not None:
+    if theirs is not None:
         engine = str(Path(__file__).with_name("llama_cpp_engine.py"))
-        sides.append(Side("llama_cpp", PEER, engine, {"model": str(peer_file)}))
-        files.append(peer_file)
+        sides.append(Side("llama_cpp", PEER, engine, {"model": str(theirs)}))
+        files.append(theirs)
     return Contest(tuple(sides), made, runs, options.threads, tuple(files))
 
 
@@ -120,7 +120,7 @@ def _our_side(package: Package, **options: Any) -> Side:
     return Side("satchel", "satchel", f"{__package__}.satchel_engine", {"model": folder, **options})
 
 
-def _peer_file(
+def peer_file(
     against: str, model: str, cache_dir: Path | None, progress: Progress, notice: Notice
 ) -> Path:
     """The .gguf that the peer shall read. Raises OptionError when the peer is unknown or not installed."""

@@ -1,0 +1,78 @@
+"""``satchel eval`` and ``satchel methods``: bad flags, a small run, and what is printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from satchel.cache.scorers import scorer_names
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--context", "900"], "Missing option '--suite'"),
+        (["--suite", "needle"], "Missing option '--context'"),
+        (["--suite", "longbench", "--context", "900"], "'longbench' is not one of 'needle', 'ruler'"),
+        (["--suite", "ruler", "--context", "900", "--tasks", "single_9"], "'single_9' is not known in suite ruler"),
+        (["--suite", "ruler", "--context", "900", "--tasks", ""], "task '' is not known"),
+        (["--suite", "needle", "--context", "0"], "0 is not in the range"),
+        (["--suite", "needle", "--context", "9", "--samples", "0"], "0 is not in the range"),
+        (["--suite", "needle", "--context", "9", "--policy", "best"], "policy 'best' is not known"),
+        (["--suite", "needle", "--context", "9", "--kv", "heat=3"], "kv setting 'heat' is not known"),
+        (["--suite", "needle", "--context", "9", "--against", "ollama"], "policy 'ollama' is not known"),
+        (["--suite", "needle", "--context", "9", "--against", "llama.cpp:q3"], "KV type 'q3' is not known"),
+        (["--suite", "needle", "--context", "9", "--plot", "x.pdf"], "has to end in .png or .svg"),
+        (["--suite", "needle", "--context", "9", "--text", "no/such"], "'no/such' does not exist"),
+    ],
+)
+def test_bad_flags_are_usage_errors(satchel: Any, flags: list[str], message: str) -> None:
+    result = satchel("eval", "tiny.gguf", *flags)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def test_a_plot_without_matplotlib_names_the_extra(satchel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    result = satchel("eval", "tiny.gguf", "--suite", "needle", "--context", "900", "--plot", "x.svg")
+    assert result.exit_code == 2
+    assert 'pip install "satchel[eval]"' in result.stderr
+
+
+def test_a_context_that_is_too_small_says_what_works(satchel: Any, tiny: Path, tmp_path: Path) -> None:
+    arguments = ["eval", tiny, "--suite", "needle", "--samples", "1", "--out", tmp_path]
+    result = satchel(*arguments, "--context", "50")
+    assert result.exit_code == 1
+    assert "--context 50 is too small for task needle" in result.stderr
+    least = result.stderr.split("give --context ")[1].split()[0]
+    assert satchel(*arguments, "--context", least).exit_code == 0
+
+
+def test_a_run_and_the_same_again(satchel: Any, tiny: Path, tmp_path: Path) -> None:
+    flags = ["--suite", "needle", "--context", "700", "--samples", "2", "--policy", "recency", "--out", tmp_path]
+    flags += ["--kv", "hot_tokens=64", "--kv", "sinks=4", "--kv", "window=16"]
+    first = satchel("eval", tiny, *flags)
+    assert first.exit_code == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert lines[0].endswith("needle at 700 tokens, 2 samples")
+    assert lines[1].split() == ["recency", "full"]
+    assert [line.split()[0] for line in lines[2:6]] == ["score", "KV", "read", "decode"]
+    again = satchel("eval", tiny, *flags, "--json")
+    assert "4 of 4 samples were done before" in again.stderr
+    found = json.loads(again.stdout)
+    assert list(found["sides"]) == ["recency", "full"]
+    assert found["reused_samples"] == 4
+    assert found["sides"]["recency"]["kv_bytes"] < found["sides"]["full"]["kv_bytes"]
+
+
+def test_methods_lists_every_scorer_with_its_paper(satchel: Any) -> None:
+    rows = json.loads(satchel("methods", "--json").stdout)
+    assert [row["name"] for row in rows if row["kind"] == "scorer"] == list(scorer_names())
+    assert all("arXiv" in row["paper"] for row in rows)
+    table = satchel("methods").stdout
+    assert all(row["name"] in table and row["paper"] in table for row in rows)
