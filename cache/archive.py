@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import kernels
 from .codecs import find_codec
 from .retrievers import find_retriever
 
@@ -21,7 +22,8 @@ class ArchiveOptions:
     ``reach``: positions that attention may span (the context that the model was trained for), 0 for no bound; what is
     farther away is attended as if it were nearer (InfLLM, arXiv 2402.04617).
     ``warm_bytes`` of encoded pairs stay in memory; older ones go to a nameless file in ``cold_folder``, at most
-    ``cold_bytes`` of them.
+    ``cold_bytes`` of them. Of what is recalled from there ``held_bytes`` stay in memory while answering; the rest is
+    read again for every token.
     """
 
     codec: str
@@ -34,14 +36,15 @@ class ArchiveOptions:
     warm_bytes: int
     cold_folder: str = ""
     cold_bytes: int = 0
+    held_bytes: int = 0
 
     def native(self, head_size: int) -> dict[str, object]:
         """As `kernels.KVCache` takes them."""
         codec, retriever = find_codec(self.codec), find_retriever(self.retriever)
         high, low = codec.high(head_size), codec.low(head_size)
         return {
-            "high": (high.key_bits, high.value_bits, high.nonuniform, high.outliers),
-            "low": (low.key_bits, low.value_bits, low.nonuniform, low.outliers),
+            "high": _numbers(high),
+            "low": _numbers(low),
             "digest": retriever.digest,
             "channels": retriever.channels,
             "sinks": round_up(self.sinks, BLOCK_TOKENS),
@@ -49,10 +52,15 @@ class ArchiveOptions:
             "recall_every": self.recall_every,
             "window": self.window,
             "reach": self.reach,
+            "held_limit_bytes": self.held_bytes,
             "warm_limit_bytes": self.warm_bytes,
             "cold_folder": self.cold_folder,
             "cold_limit_bytes": self.cold_bytes,
         }
+
+
+def _numbers(form: kernels.NativeCodec) -> tuple[int, int, bool, int, bool]:
+    return form.key_bits, form.value_bits, form.nonuniform, form.outliers, form.grouped
 
 
 def round_up(tokens: int, step: int) -> int:

@@ -270,11 +270,6 @@ void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, i
 
 bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }
 
-void Archive::recall(int layer, int kv_head, const std::vector<int32_t>& chosen) {
-  Recalled& recalled = head(layer, kv_head).recalled;
-  if (recalled.blocks != chosen) recalled = gather(layer, kv_head, chosen);
-}
-
 Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vector<int32_t>& chosen) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
@@ -291,7 +286,8 @@ Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vecto
   for (size_t i = 0; i < chosen.size(); ++i) {
     if (now.at[i] < 0) continue;
     const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), chosen[i]) - before.blocks.begin());
-    if (j < before.blocks.size() && before.blocks[j] == chosen[i] && before.at[j] >= 0)
+    const bool known = j < before.blocks.size() && before.blocks[j] == chosen[i] && before.at[j] >= 0;
+    if (known && before.at[j] + bytes_of(h, chosen[i]) <= before.bytes.size())
       std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, chosen[i]));
     else
       fetch(layer, h, kv_head, chosen[i], now.bytes.data() + now.at[i]);
@@ -299,10 +295,28 @@ Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vecto
   return now;
 }
 
+void Archive::note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks) { head(layer, kv_head).expected = blocks; }
+
+void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
+  Recalled& recalled = head(layer, kv_head).recalled;
+  recalled = chosen;
+  const uint64_t share = settings_.held_limit_bytes / (layers_.size() * layers_[0].heads.size());
+  recalled.complete = chosen.bytes.size() <= share;
+  if (recalled.complete) return;
+  size_t kept = 0;  // whole blocks
+  for (size_t i = 0; i < chosen.blocks.size(); ++i)
+    if (chosen.at[i] >= 0 && chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]) <= share)
+      kept = chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]);
+  recalled.bytes.resize(kept);
+  recalled.bytes.shrink_to_fit();
+}
+
 void Archive::expect(int layer_index) const {
+  if (!file_ || !file_->slow()) return;
   const Layer& layer = layers_[layer_index];
   for (size_t kv = 0; kv < layer.heads.size(); ++kv)
-    for (int32_t block : layer.heads[kv].recalled.blocks) {
+    for (int32_t block : layer.heads[kv].expected) {
+      if (block / kCellBlocks >= cells_) continue;
       const int cell = block / kCellBlocks;
       const Extent& extent = extent_of(layer, cell);
       if (extent.file)

@@ -29,6 +29,7 @@ struct ArchiveSettings {
   int recall_every = 1;    // decode steps from one choice to the next
   int window = 0;          // tokens that come back to the hot tier when later ones are forgotten
   int reach = 0;           // positions that attention may span, the model's trained context; 0: no bound
+  uint64_t held_limit_bytes = 0;  // of recalled blocks from the file that stay in memory from one decode step to the next
   uint64_t warm_limit_bytes = 0;  // of extents in memory; what is more goes to the file, oldest first
   std::string cold_folder;        // empty: no file
   uint64_t cold_limit_bytes = 0;
@@ -75,16 +76,18 @@ class Archive {
   struct Recalled {
     std::vector<int32_t> blocks;          // ascending
     std::vector<uint8_t> bytes;           // of those that came from a file, block by block
-    std::vector<int32_t> at;              // offset into bytes; -1: read in place
+    std::vector<int32_t> at;              // offset into bytes; -1: read in place; past the end: not held
+    bool complete = true;                 // nothing has to be read again
   };
-  // Makes `chosen` (ascending) the recalled blocks of a head, for the decode steps to come, reading what is cold and not
-  // recalled already. Thread-safe for different heads; so is gather, which leaves those as they are.
-  void recall(int layer, int kv_head, const std::vector<int32_t>& chosen);
+  // Blocks (ascending) with the bytes of those that lie in the file, as far as they are not held already.
   Recalled gather(int layer, int kv_head, const std::vector<int32_t>& chosen) const;
+  // Keeps a choice for the decode steps to come, and as many of its bytes as the limit allows for a head.
+  void hold(int layer, int kv_head, const Recalled& chosen);
   const Recalled& recalled(int layer, int kv_head) const { return head(layer, kv_head).recalled; }
   bool available(int layer, int block) const;  // false: its cell was lost
-  // Tells the system which file ranges this layer's last choice was in: the next will be near it.
+  // While the device is slow: tells the system which file ranges this layer chose last. The next choice is near it.
   void expect(int layer) const;
+  void note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks);
   // What attention reads, moved inside `reach` of position `last`: the sinks; and `chosen` ones of the blocks in `source`.
   void sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const;
   void recalled_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& chosen, const Recalled& source,
@@ -115,6 +118,7 @@ class Archive {
     std::vector<std::shared_ptr<DigestTile>> tiles;
     std::vector<uint8_t> high_of_cell;  // which block of each cell is stored as `high`
     Recalled recalled;
+    std::vector<int32_t> expected;  // the blocks of the last choice
   };
   struct Layer {
     std::vector<Head> heads;

@@ -4,13 +4,11 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <cstdlib>
 
 #include "kv_cache.h"
 #include "rotate.h"
 
 namespace satchel {
-static int sx(const char* n, int d) { const char* v = getenv(n); return v ? atoi(v) : d; }
 
 namespace {
 constexpr int kTaskRows = 96;        // query rows of one attention task: a page is converted once for them
@@ -170,7 +168,7 @@ bool KVCache::choice_is_due(int layer) {
 }
 
 std::vector<KVCache::Choice> KVCache::choices_of(int tokens) const {
-  const int each = tokens > kLongChunk ? sx("SX_LONG",kQueriesOfLongChunk) : sx("SX_SHORT",kQueriesOfShortChunk);
+  const int each = tokens > kLongChunk ? kQueriesOfLongChunk : kQueriesOfShortChunk;
   std::vector<Choice> choices;
   for (int kv = 0; kv < shape_.kv_heads; ++kv)
     for (int first = 0; first < tokens; first += each)
@@ -184,8 +182,8 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
   const ArchiveSettings& settings = archive_->settings();
   const int KV = shape_.kv_heads, D = shape_.head_size, G = shape_.heads / KV, rows = tokens * G;
   const int first_block = settings.sinks / kBlockTokens, all = archive_->blocks();
-  const int wanted = std::min(sx("SX_RECALL", settings.recall_tokens) / kBlockTokens, all - first_block);
-  archive_->chosen_at(s.layer) = work_.positions.back();
+  const int wanted = std::min(settings.recall_tokens / kBlockTokens, all - first_block);
+  archive_->chosen_at(s.layer) = tokens == 1 ? work_.positions.back() : -1;  // a chunk's choices are its own
   std::vector<int32_t> candidates;
   for (int block = first_block; block < all; ++block)
     if (archive_->available(s.layer, block)) candidates.push_back(block);
@@ -197,7 +195,7 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
   for (int kv = 0; kv < KV; ++kv) archive_->digests(s.layer, kv, work_.page_ropes, s.rope_dims / 2, pages[kv]);
   parallel(choices.size(), [&](size_t index) {
     Choice& choice = choices[index];
-    const int stride = tokens > kLongChunk ? sx("SX_STRIDE",kVoterStride) : 1;
+    const int stride = tokens > kLongChunk ? kVoterStride : 1;
     const int voters = (choice.last - choice.first + stride - 1) / stride * G;
     std::vector<float> queries(size_t(voters) * D), maxima(voters), weights(voters);
     for (int v = 0; v < voters; ++v) {
@@ -216,7 +214,7 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
     const std::vector<DigestPage>& seen = pages[choice.kv_head];
     active_variant().score({settings.retriever, &archive_->basis(s.layer, choice.kv_head), D, s.rope_dims / 2,
                             queries.data(), voters, seen.data(), int(seen.size()), maxima.data(), weights.data(),
-                            sx("SX_MAX", 1)!=0, votes.data()});
+                            votes.data()});
     choice.blocks = candidates;
     std::nth_element(choice.blocks.begin(), choice.blocks.begin() + wanted, choice.blocks.end(), [&](int32_t a, int32_t b) {
       return votes[a] != votes[b] ? votes[a] > votes[b] : a > b;
@@ -233,30 +231,34 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
   const Layer& layer = layers_[s.layer];
   std::vector<std::vector<int32_t>> still_hot(KV);
   std::vector<Archive::Recalled> gathered(KV);
-  archive_->expect((s.layer + 1) % shape_.layers);
+  if (!choices.empty()) archive_->expect((s.layer + 1) % shape_.layers);
   parallel(size_t(KV), [&](size_t kv) {
     const Head& head = layer.heads[kv];
     for (int t = 0; t < head.tokens && position_of(head, t) < archive_->end(); ++t)
       still_hot[kv].push_back(position_of(head, t));
-    if (choices.empty()) return;
+    if (choices.empty()) {
+      if (!archive_->recalled(s.layer, int(kv)).complete)
+        gathered[kv] = archive_->gather(s.layer, int(kv), archive_->recalled(s.layer, int(kv)).blocks);
+      return;
+    }
     std::vector<int32_t> needed;
     for (const Choice& choice : choices)
       if (choice.kv_head == int(kv)) needed.insert(needed.end(), choice.blocks.begin(), choice.blocks.end());
     std::sort(needed.begin(), needed.end());
     needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
-    if (tokens == 1)
-      archive_->recall(s.layer, int(kv), needed);
-    else
-      gathered[kv] = archive_->gather(s.layer, int(kv), needed);
+    gathered[kv] = archive_->gather(s.layer, int(kv), needed);
+    archive_->note_choice(s.layer, int(kv), needed);
+    if (tokens == 1) archive_->hold(s.layer, int(kv), gathered[kv]);
   });
   const size_t tasks = tokens == 1 ? size_t(KV) : choices.size();
   parallel(size_t(splits) * tasks, [&](size_t index) {
     const int split = int(index % splits);
     const size_t number = index / splits;
     const int kv = tokens == 1 ? int(number) : choices[number].kv_head;
-    const Archive::Recalled& source = tokens == 1 ? archive_->recalled(s.layer, kv) : gathered[kv];
+    const bool held = choices.empty() && archive_->recalled(s.layer, kv).complete;
+    const Archive::Recalled& source = held ? archive_->recalled(s.layer, kv) : gathered[kv];
     std::vector<StoredBlock> blocks;
-    archive_->recalled_blocks(s.layer, kv, last, tokens == 1 ? source.blocks : choices[number].blocks, source,
+    archive_->recalled_blocks(s.layer, kv, last, choices.empty() ? source.blocks : choices[number].blocks, source,
                               still_hot[kv], blocks);
     const int first = tokens == 1 ? 0 : choices[number].first * G, end = tokens == 1 ? G : choices[number].last * G;
     AttentionTask task = task_of(s, kv, split, first, end, rows);

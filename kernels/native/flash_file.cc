@@ -1,6 +1,7 @@
 #include "flash_file.h"
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -93,6 +94,7 @@ int64_t FlashFile::append(const void* data, size_t bytes) {
 }
 
 void FlashFile::read(void* out, size_t bytes, uint64_t offset) const {
+  const auto begun = std::chrono::steady_clock::now();
   size_t done = 0;
   while (done < bytes) {
     const int64_t n = read_at(descriptor_, static_cast<char*>(out) + done, bytes - done, offset + done);
@@ -101,6 +103,8 @@ void FlashFile::read(void* out, size_t bytes, uint64_t offset) const {
     if (n == 0) throw std::runtime_error("reading KV pages from disk failed: the file is shorter than it was");
     done += size_t(n);
   }
+  const std::chrono::nanoseconds taken = std::chrono::steady_clock::now() - begun;
+  recent_read_nanoseconds_ = (recent_read_nanoseconds_ * 15 + uint64_t(taken.count())) / 16;
   bytes_read_ += bytes;
   ++reads_;
 }

@@ -25,6 +25,9 @@ class FlashFile {
   // Tells the system that this range will be read soon; never blocks on the device.
   void expect(uint64_t offset, size_t bytes) const;
 
+  // Whether reads take so long that the device, not the system's memory, must have answered.
+  bool slow() const { return recent_read_nanoseconds_ > 20000; }
+
   uint64_t bytes() const { return end_; }
   uint64_t bytes_read() const { return bytes_read_; }
   uint64_t reads() const { return reads_; }
@@ -37,6 +40,7 @@ class FlashFile {
   std::mutex mutex_;
   std::atomic<uint64_t> end_{0};
   mutable std::atomic<uint64_t> bytes_read_{0}, reads_{0};
+  mutable std::atomic<uint64_t> recent_read_nanoseconds_{0};  // a moving mean
   std::atomic<uint64_t> failed_writes_{0};
 };
 

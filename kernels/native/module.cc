@@ -59,11 +59,11 @@ Storage parse_storage(const std::string& name) {
 }
 
 Codec parse_codec(const py::handle& numbers) {
-  const auto t = numbers.cast<std::tuple<int, int, bool, int>>();
-  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+  const auto t = numbers.cast<std::tuple<int, int, bool, int, bool>>();
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
 }
 
-// From a dict with the fields' names; codecs as (key_bits, value_bits, nonuniform, outliers).
+// From a dict with the fields' names; codecs as (key_bits, value_bits, nonuniform, outliers, grouped).
 std::shared_ptr<const ArchiveSettings> archive_settings(const py::dict& d) {
   auto s = std::make_shared<ArchiveSettings>();
   for (const auto& [key, value] : d) {
@@ -77,6 +77,7 @@ std::shared_ptr<const ArchiveSettings> archive_settings(const py::dict& d) {
     else if (name == "recall_every") s->recall_every = value.cast<int>();
     else if (name == "window") s->window = value.cast<int>();
     else if (name == "reach") s->reach = value.cast<int>();
+    else if (name == "held_limit_bytes") s->held_limit_bytes = value.cast<uint64_t>();
     else if (name == "warm_limit_bytes") s->warm_limit_bytes = value.cast<uint64_t>();
     else if (name == "cold_folder") s->cold_folder = value.cast<std::string>();
     else if (name == "cold_limit_bytes") s->cold_limit_bytes = value.cast<uint64_t>();

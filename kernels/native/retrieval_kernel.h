@@ -85,8 +85,7 @@ inline void vote(const ScoreTask& task, int row, float* logits) {
   const float total = sum(sums) * kBlockTokens + task.weights[row] * std::exp(task.maxima[row] - peak);
   const float share = total > 0 ? kBlockTokens / total : 0.0f;
   for (size_t i = 0; i < count; i += kLanes) {
-    const Float votes = load(task.votes + i), mine = load(logits + i) * share;
-    store(task.votes + i, task.strongest ? max(votes, mine) : votes + mine);
+    store(task.votes + i, load(task.votes + i) + load(logits + i) * share);
   }
 }
 

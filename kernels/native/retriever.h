@@ -51,8 +51,7 @@ struct ScoreTask {
   int page_count;
   const float* maxima;   // [rows] and
   const float* weights;  // [rows]: what the hot tier's softmax has seen (largest logit, sum of exp(logit - it))
-  bool strongest;        // votes are the largest share of any row; else the sum over rows
-  float* votes;          // [pages, 16], added to (or raised)
+  float* votes;          // [pages, 16]: every row's share of the block is added
 };
 
 }  // namespace satchel
