@@ -120,7 +120,7 @@ void Archive::append_layer(int layer_index, const std::vector<Incoming>& heads, 
     throw std::invalid_argument("Archive: pairs come in whole cells, the first with all sinks");
   auto extent = std::make_shared<Extent>();
   extent->first_cell = cells_;
-  extent->cells = cells;
+  extent->cells = extent->row_cells = cells;
   extent->memory.reset(new uint8_t[heads.size() * cells * cell_bytes_]);
   parallel(heads.size(), [&](size_t kv) {
     Head& h = layer.heads[kv];
@@ -188,16 +188,16 @@ void Archive::trim() {
         const int kept = cells_ - tail->first_cell;
         part->first_cell = tail->first_cell;
         part->cells = kept;
-        const size_t row = kept * cell_bytes_;
-        part->memory.reset(new uint8_t[layer.heads.size() * row]);
-        for (size_t kv = 0; kv < layer.heads.size() && !tail->lost(); ++kv) {
-          const uint64_t from = kv * tail->cells * cell_bytes_;
-          if (tail->memory)
-            std::memcpy(part->memory.get() + kv * row, tail->memory.get() + from, row);
-          else
-            tail->file->read(part->memory.get() + kv * row, row, tail->offset + from);
+        part->row_cells = tail->memory ? kept : tail->row_cells;
+        part->file = tail->file;  // from there nothing moves: a document may lie in one extent
+        part->offset = tail->offset;
+        if (tail->memory) {
+          const size_t row = kept * cell_bytes_;
+          part->memory.reset(new uint8_t[layer.heads.size() * row]);
+          for (size_t kv = 0; kv < layer.heads.size(); ++kv)
+            std::memcpy(part->memory.get() + kv * row, tail->memory.get() + tail->place(kv, tail->first_cell, cell_bytes_),
+                        row);
         }
-        if (tail->lost()) part->memory.reset();
         tail = std::move(part);
       }
     }
@@ -214,8 +214,7 @@ void Archive::trim() {
 void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, uint8_t* out) const {
   const int cell = block / kCellBlocks;
   const Extent& extent = extent_of(layer, cell);
-  const uint64_t at =
-      (uint64_t(kv_head) * extent.cells + (cell - extent.first_cell)) * cell_bytes_ + block_at(h, block);
+  const uint64_t at = extent.place(size_t(kv_head), cell, cell_bytes_) + block_at(h, block);
   if (extent.memory)
     std::memcpy(out, extent.memory.get() + at, bytes_of(h, block));
   else if (extent.file)
@@ -224,13 +223,13 @@ void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, u
     throw std::runtime_error("a block of the KV archive was lost: there was no room for it");
 }
 
-void Archive::read(int layer_index, int kv_head, int from, float* keys, float* values) const {
+void Archive::read(int layer_index, int kv_head, int from, int until, float* keys, float* values) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   const int D = head_size_;
   std::vector<uint8_t> bytes(std::max({high_bytes_, low_bytes_, half_bytes_}));
   std::vector<float> k(size_t(kBlockTokens) * D), v(size_t(kBlockTokens) * D);
-  for (int position = from; position < end_; position += kBlockTokens) {
+  for (int position = from; position < until; position += kBlockTokens) {
     const uint8_t* data = bytes.data();
     const BlockFormat* format = &h.half;
     if (position < settings_.sinks) {
@@ -312,7 +311,7 @@ void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
 }
 
 void Archive::expect(int layer_index) const {
-  if (!file_ || !file_->slow()) return;
+  if (!(file_ && file_->slow()) && !(snapshot_ && snapshot_->slow())) return;
   const Layer& layer = layers_[layer_index];
   for (size_t kv = 0; kv < layer.heads.size(); ++kv)
     for (int32_t block : layer.heads[kv].expected) {
@@ -320,7 +319,7 @@ void Archive::expect(int layer_index) const {
       const int cell = block / kCellBlocks;
       const Extent& extent = extent_of(layer, cell);
       if (extent.file)
-        extent.file->expect(extent.offset + (kv * extent.cells + (cell - extent.first_cell)) * cell_bytes_, cell_bytes_);
+        extent.file->expect(extent.offset + extent.place(kv, cell, cell_bytes_), cell_bytes_);
     }
 }
 
@@ -350,8 +349,7 @@ void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const 
     } else {
       const int cell = block / kCellBlocks;
       const Extent& extent = extent_of(layer, cell);
-      data = extent.memory.get() + (size_t(kv_head) * extent.cells + (cell - extent.first_cell)) * cell_bytes_ +
-             block_at(h, block);
+      data = extent.memory.get() + extent.place(size_t(kv_head), cell, cell_bytes_) + block_at(h, block);
     }
     next = std::max(next, position);
     out.push_back({data, is_high(h, block) ? &h.high : &h.low, next, hidden, nullptr});

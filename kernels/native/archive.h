@@ -35,12 +35,16 @@ struct ArchiveSettings {
   uint64_t cold_limit_bytes = 0;
 };
 
-// Cells first_cell .. first_cell + cells of all KV heads of a layer: cell c of head h at (h * cells + c) * cell_bytes.
+// Cells first_cell .. first_cell + cells of all KV heads of a layer: cell c of head h at (h * row_cells + c) * cell_bytes.
 struct Extent {
   int first_cell, cells;
+  int row_cells;  // `cells`, or more where the last ones were forgotten
   std::unique_ptr<uint8_t[]> memory;  // or
   std::shared_ptr<FlashFile> file;    // at
   uint64_t offset = 0;
+  uint64_t place(size_t kv_head, int cell, size_t cell_bytes) const {
+    return (uint64_t(kv_head) * row_cells + (cell - first_cell)) * cell_bytes;
+  }
   bool lost() const { return !memory && !file; }  // neither memory nor disk had room
 };
 
@@ -64,8 +68,8 @@ class Archive {
   void trim();  // forgets what append_layer stored and finish_append has not confirmed
   // Forgets the cells that hold positions >= until; all of them when it lies among the sinks.
   void truncate(int until);
-  // Decodes positions [from, end()) of a head, from a multiple of 16: keys before RoPE, values [tokens, D].
-  void read(int layer, int kv_head, int from, float* keys, float* values) const;
+  // Decodes positions [from, until) of a head, both multiples of 16: keys before RoPE, values [tokens, D].
+  void read(int layer, int kv_head, int from, int until, float* keys, float* values) const;
 
   // Digest pages of a head, for scoring; `ropes` has one row of 2 * half for each page.
   void digests(int layer, int kv_head, const std::vector<float>& ropes, int half, std::vector<DigestPage>& out) const;
@@ -101,7 +105,9 @@ class Archive {
   uint64_t warm_bytes() const;
   uint64_t cold_bytes() const;
   uint64_t lost_tokens() const;  // of the document, counted once
-  uint64_t flash_bytes_read() const { return file_ ? file_->bytes_read() : 0; }
+  uint64_t flash_bytes_read() const {
+    return (file_ ? file_->bytes_read() : 0) + (snapshot_ ? snapshot_->bytes_read() : 0);
+  }
   int& chosen_at(int layer) { return layers_[layer].chosen_at; }
 
  private:
@@ -142,6 +148,7 @@ class Archive {
   size_t high_bytes_, low_bytes_, half_bytes_, cell_bytes_;
   std::vector<Layer> layers_;
   std::shared_ptr<FlashFile> file_;
+  std::shared_ptr<FlashFile> snapshot_;  // what this archive was restored from
   int cells_ = 0, end_ = 0;
 };
 

@@ -215,6 +215,8 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
     active_variant().score({settings.retriever, &archive_->basis(s.layer, choice.kv_head), D, s.rope_dims / 2,
                             queries.data(), voters, seen.data(), int(seen.size()), maxima.data(), weights.data(),
                             votes.data()});
+    for (float& vote : votes)
+      if (vote != vote) vote = 0;  // of keys or queries that are no numbers: what is not ordered cannot be sorted
     choice.blocks = candidates;
     std::nth_element(choice.blocks.begin(), choice.blocks.begin() + wanted, choice.blocks.end(), [&](int32_t a, int32_t b) {
       return votes[a] != votes[b] ? votes[a] > votes[b] : a > b;

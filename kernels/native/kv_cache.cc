@@ -304,7 +304,8 @@ void KVCache::return_to_hot(int position) {
   const ArchiveSettings& settings = archive_->settings();
   int from = std::max(0, position - settings.window) / kCellTokens * kCellTokens;
   if (from < settings.sinks) from = 0;
-  const int D = shape_.head_size, tokens = archive_->end() - from, used = position - from;
+  const int D = shape_.head_size, used = position - from;
+  const int tokens = (used + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
   std::vector<float> keys(size_t(tokens) * D), values(size_t(tokens) * D), rope;
   std::vector<int32_t> positions(used);
   for (int i = 0; i < used; ++i) positions[i] = from + i;
@@ -316,7 +317,7 @@ void KVCache::return_to_hot(int position) {
       rope_at(positions[i], layer.frequencies, layer.attention_factor, rope.data() + size_t(i) * 2 * half);
     for (size_t kv = 0; kv < layer.heads.size(); ++kv) {
       Head& head = layer.heads[kv];
-      archive_->read(int(l), int(kv), from, keys.data(), values.data());
+      archive_->read(int(l), int(kv), from, from + tokens, keys.data(), values.data());
       truncate(head, first_at(head, from));
       append(head, keys.data(), values.data(), D, positions.data(), used, rope.data(), half);
       head.committed = head.tokens;
