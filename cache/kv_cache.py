@@ -173,8 +173,8 @@ class KVCache:
         self.total_tokens = min(self.total_tokens, position)
 
     def sections(self) -> list[SectionToWrite]:
-        """What `SnapshotStore.save` writes; made as it is written, in memory for one layer's hot pages. The last run must
-        be committed, and the cache must not change meanwhile.
+        """What `SnapshotStore.save` writes; made as it is written, in memory for one layer's hot pages. The last run
+        must be committed, and the cache must not change meanwhile.
 
         Raises:
             StorageError: pairs were lost to a full disk.

@@ -318,7 +318,7 @@ void KVCache::return_to_hot(int position) {
     for (size_t kv = 0; kv < layer.heads.size(); ++kv) {
       Head& head = layer.heads[kv];
       archive_->read(int(l), int(kv), from, from + tokens, keys.data(), values.data());
-      truncate(head, first_at(head, from));
+      truncate(head, 0);  // what was hot before `from` is in the archive, too; heads must hold equally many
       append(head, keys.data(), values.data(), D, positions.data(), used, rope.data(), half);
       head.committed = head.tokens;
     }

@@ -262,8 +262,11 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     good = shape(ARCHIVE, observed_queries=8)
     archives = [replace(ARCHIVE, codec="q4").native(SIZE), replace(ARCHIVE, sinks=32).native(SIZE),
                 {**ARCHIVE.native(SIZE), "digest": 0}]  # fmt: skip
-    for change in ({"heads": 2}, {"kv_heads": 4}, {"head_size": 32}, {"storage": "bf16"}, {"observed_queries": 7},
-                   {"layers": 1}, {"layers": 3}, {"archive": None}, *({"archive": other} for other in archives)):  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"heads": 2}, {"kv_heads": 4}, {"head_size": 32}, {"storage": "bf16"}, {"observed_queries": 7}, {"layers": 1},
+        {"layers": 3}, {"archive": None}, *({"archive": other} for other in archives),
+    ]  # fmt: skip
+    for change in changes:
         with pytest.raises(ValueError, match="does not fit or is damaged"), restored(saved, {**good, **change}):
             pass
     for wrong in (replace(saved, tokens=299), replace(saved, tokens=301), replace(saved, offsets=[0]),
