@@ -111,6 +111,11 @@ class KVCache:
     def closed(self) -> bool:
         return self._native.closed
 
+    @property
+    def recalls(self) -> bool:
+        """Whether what leaves the hot tier is kept in an archive."""
+        return self._archive is not None
+
     def close(self) -> None:
         """Frees the memory; using the cache afterwards is an error."""
         self._native.close()
