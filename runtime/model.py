@@ -374,7 +374,7 @@ class Model:
         # Forks share the pages of what they were forked from, and its plan.
         others = sum({id(context.plan): context.plan.kv_ram_bytes for context in self._contexts}.values())
         settings, policy = self.options.settings, self.options.policy
-        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others)
+        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others, threads=self.options.threads)
         return make_plan(
             costs,
             self.options.memory_bytes,
