@@ -147,6 +147,21 @@ class KVCache:
     def closed(self) -> bool:
         return self._native.closed
 
+    @property
+    def settings(self) -> CacheSettings:
+        """As it was made with."""
+        return self._settings
+
+    @property
+    def archive_options(self) -> ArchiveOptions | None:
+        """As it was made with; None: what leaves the hot tier is forgotten."""
+        return self._archive
+
+    @property
+    def recalls(self) -> bool:
+        """Whether what leaves the hot tier is kept in an archive."""
+        return self._archive is not None
+
     def close(self) -> None:
         """Frees the memory; using the cache afterwards is an error."""
         self._native.close()

@@ -111,7 +111,7 @@ class Session:
             self.notice("(the answer was cut: the memory limit is reached; raise --memory or use --policy auto)")
         elif answer.usage.finish_reason == "context":
             self.notice(
-                f"(the answer was cut: the model's context of {self.model.context_length:,} tokens is full; "
+                f"(the answer was cut: the model's context of {self.model.longest_tokens:,} tokens is full; "
                 "give fewer pages)"
             )
 
@@ -124,7 +124,7 @@ class Session:
 
     def _make_room(self, context: Context, tokens: int) -> None:
         """Gives the base up when ``tokens`` more and a bit of answer may get the conversation pruned."""
-        if self._base is None:
+        if self._base is None or context.policy == "recall":  # which prunes without a copy
             return
         if context.kv["hot_tokens"] + tokens + SPARE_TOKENS > context.plan.capacity_tokens:
             self._base.close()

@@ -20,6 +20,7 @@ from ..errors import ClosedError, ContextLengthError, MemoryLimitError, OptionEr
 from .engine import Cancelled
 from .repetition import goes_in_circles
 from .sampling import Sampler, SamplingOptions
+from .snapshots import DocumentSnapshots
 
 if TYPE_CHECKING:
     from .model import Model
@@ -75,6 +76,7 @@ class Context:
         self._pending: list[int] = []  # the last answer's last token: shown, but not yet run
         self._cancel = threading.Event()
         self._last: Answer | None = None
+        self._lost_tokens = 0
 
     # --- Asking --------------------------------------------------------------------------------------------------
 
@@ -107,10 +109,10 @@ class Context:
             known = ", ".join(SamplingOptions.__dataclass_fields__)
             raise OptionError(f"unknown sampling option among {', '.join(sampling)}; known are {known}") from None
         ids = self._turn_ids(question)
-        room = self._model.context_length - self._cache.total_tokens
+        room = self._model.longest_tokens - self._cache.total_tokens
         if len(ids) >= room:
             raise ContextLengthError(
-                f"the question has {len(ids):,} tokens but {room:,} of the model's {self._model.context_length:,} are "
+                f"the question has {len(ids):,} tokens but {room:,} of the model's {self._model.longest_tokens:,} are "
                 "left in this conversation; start a new one or give fewer pages"
             )
         self._cancel.clear()
@@ -151,8 +153,10 @@ class Context:
 
     @property
     def policy(self) -> str:
-        """``full``, or the scorer that prunes the cache."""
-        return "full" if self._cache.hot_tokens is None else self._model.options.settings.scorer
+        """``full``, ``recall`` (old tokens are kept encoded), or the scorer that prunes the cache."""
+        if self._cache.hot_tokens is None:
+            return "full"
+        return "recall" if self._cache.recalls else self._model.options.settings.scorer
 
     def close(self) -> None:
         """Frees the memory of this conversation at once."""
@@ -167,19 +171,28 @@ class Context:
 
     # --- Reading -------------------------------------------------------------------------------------------------
 
-    def prefill(self, ids: Sequence[int], progress: Progress) -> NDArray[np.float32] | None:
+    def prefill(
+        self, ids: Sequence[int], progress: Progress, *, total: int | None = None
+    ) -> NDArray[np.float32] | None:  # fmt: skip
         """Reads ``ids`` chunk by chunk; the logits after the last one (None for no ids). For `Model.read`.
+
+        ``total`` counts what was there before too: for the progress.
 
         Raises Cancelled when `cancel` was called; the cache then holds the whole chunks read so far.
         """
         self._cancel.clear()
-        total, row = len(ids), None
-        progress("reading", 0, total)
-        for first in range(0, total, self.plan.chunk):
+        total = len(ids) if total is None else total
+        row, known = None, total - len(ids)
+        progress("reading", known, total)
+        for first in range(0, len(ids), self.plan.chunk):
             row = self.append(ids[first : first + self.plan.chunk])
-            progress("reading", min(first + self.plan.chunk, total), total)
-        self._cache.demote()  # forks then have room for a question and its answer without touching what is shared
+            progress("reading", min(known + first + self.plan.chunk, total), total)
+        self._demote()  # forks then have room for a question and its answer without touching what is shared
         return row
+
+    def save(self, snapshots: DocumentSnapshots, ids: Sequence[int], names: Sequence[str]) -> None:
+        """Saves what was read, ``ids``. For `Model.read`."""
+        snapshots.save(ids, self._cache, self._cache.settings, self.plan, self._cache.archive_options, names)
 
     def append(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs ``ids`` after what was read so far, pruning first where there is no room; the logits after the last.
@@ -203,9 +216,20 @@ class Context:
         if self._cache.hot_tokens is None:
             if self._model.options.policy == "full":
                 raise self._outgrown("raise the limit or use policy auto")
-            self._cache.hot_tokens = max(capacity - self.plan.chunk, self._model.options.settings.least_hot_tokens)
+            least = self._model.options.settings.least_hot_tokens
+            self._cache.hot_tokens = least if self._cache.recalls else max(capacity - self.plan.chunk, least)
             self._model.notice(f"the memory limit is reached: {self._cache.hot_tokens:,} tokens stay hot from here on")
+        self._demote()
+
+    def _demote(self) -> None:
         self._cache.demote()
+        lost = self._cache.usage().lost_tokens if self._cache.recalls else 0
+        if lost > self._lost_tokens:
+            self._lost_tokens = lost
+            self._model.notice(
+                f"neither memory nor disk has room for more: {lost:,} of {self._cache.total_tokens:,} tokens can no "
+                "longer be recalled; answers about them may be wrong (free some disk, or raise --disk or --memory)"
+            )
 
     def _outgrown(self, remedy: str) -> MemoryLimitError:
         with_policy = " with policy full" if self._model.options.policy == "full" else ""

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from .. import kernels
 from ..cache import CacheSettings
+from ..cache.codecs import find_codec
+from ..cache.retrievers import find_retriever
 from ..cache.scorers import find_scorer
 from ..devices.planner import ArchiveCost, Costs
 from ..export.package import Package
 
 STORAGE_BYTES = {"bf16": 2, "fp32": 4}
-BLOCK_TOKENS = 16  # tokens that share one digest
-# To be replaced by what cache/codecs and cache/retrievers say of themselves. Bits of a number, and bytes for scales
-# and outliers of each token and KV head; digests as multiples of a mean key in int8 with its scale.
-CODEC_FORMS = {
-    "f16": (16, 0), "q8": (8, 4), "kvquant4": (4, 12), "mikv": (4, 8), "q4": (4, 4), "kvquant3": (3, 12),
-    "kvquant2": (2, 12), "q2": (2, 4),
-}  # fmt: skip
-CODECS_OF_CHOICE = ("q8", "q4", "kvquant3", "q2")  # the planner's, the best quality first
-DIGESTS = {"landmark": 1, "minmax": 2, "centroid": 1, "channels": 1, "none": 0}
+CODECS_OF_CHOICE = ("q8", "grouped4", "grouped3", "grouped2")  # the planner's, the best quality first
 
 
 def page_bytes(head_size: int, storage: str) -> int:
@@ -42,14 +36,12 @@ def scratch_bytes_per_chunk_token(package: Package) -> int:
 def archive_costs(package: Package, settings: CacheSettings) -> tuple[ArchiveCost, ...]:
     """The codecs that a plan may use: the one that was asked for, or those of choice, the best first."""
     spec = package.spec
-    found = []
-    for name in (settings.codec,) if settings.codec else CODECS_OF_CHOICE:
-        bits, more = CODEC_FORMS[name]
-        found.append(ArchiveCost(name, spec.layers * spec.kv_heads * (2 * spec.head_size * bits / 8 + more)))
-    return tuple(found)
+    names = (settings.codec,) if settings.codec else CODECS_OF_CHOICE
+    heads = spec.layers * spec.kv_heads
+    return tuple(ArchiveCost(name, heads * find_codec(name).bytes_per_token(spec.head_size)) for name in names)
 
 
-def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int) -> Costs:
+def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1) -> Costs:
     """The planner's figures for one conversation with this model."""
     spec = package.spec
     pages = spec.layers * spec.kv_heads
@@ -63,6 +55,8 @@ def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int) -
         # twice: what a run that is rolled back must restore
         observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
         scoring_bytes_per_token=scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size),
-        digest_bytes_per_token=pages * DIGESTS[settings.retriever] * (spec.head_size + 4) / BLOCK_TOKENS,
+        digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
         archive=archive_costs(package, settings),
+        layers=spec.layers,
+        threads=threads,
     )

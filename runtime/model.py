@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CacheSettings, KVCache
+from ..cache import ArchiveOptions, CacheSettings, KVCache
 from ..cache.scorers import scorer_names
+from ..devices.files.cache_folder import cache_folder, cold_folder
+from ..devices.files.safe_write import make_folder
 from ..devices.flash import default_disk_limit
 from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
-from ..devices.planner import Plan, Wishes, make_plan
+from ..devices.planner import Plan, Wishes, make_plan, why
 from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
-from ..devices.files.cache_folder import cache_folder
 from ..export.hub.registry import DEFAULT_MODEL
 from ..export.package import Package
 from ..export.resolve import resolve_model
@@ -29,11 +30,14 @@ from .chat_template import ChatTemplate
 from .context import Context
 from .documents import read_documents
 from .engine import Engine
-from .memory import costs_of
+from .memory import CODECS_OF_CHOICE, costs_of
+from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
 
 DEVICES = ("cpu",)
+MOST_TOKENS = 1 << 24  # of a conversation whose far tokens are recalled: the cache's positions have room for more
 ANSWER_ROOM = 1024  # tokens of questions and answers that a plan makes room for beside the document
+OUTGROWN_RECALL_TOKENS = 1024  # of a whole cache that outgrew its memory
 NAMED_POLICY_HOT_TOKENS = 2048  # of a policy asked for by name, without a budget of its own
 READ_CHUNK = 512
 BYTES_PER_TOKEN_OF_TEXT = 4  # on average, in English
@@ -82,6 +86,11 @@ class Options:
         return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, frozenset(kv or ()))
 
     @property
+    def recalls(self) -> bool:
+        """Whether what leaves the hot tier is kept and recalled; a scorer's name asks for a budget that forgets."""
+        return self.policy == "auto"
+
+    @property
     def wishes(self) -> Wishes:
         """What the planner must keep to."""
         settings = self.settings
@@ -106,12 +115,14 @@ class Model:
         name: str,
         notice: Notice = log_notice,
         cache_dir: Path | None = None,
+        snapshots: DocumentSnapshots | None = None,
     ) -> None:
         self.name = name
         self.options = options
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
+        self._snapshots = snapshots
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
         tokens = package.manifest.tokenizer
         self._template = ChatTemplate(
@@ -155,6 +166,11 @@ class Model:
         """The longest text, in tokens, that the model was trained for."""
         return self._package.spec.context_length
 
+    @property
+    def longest_tokens(self) -> int:
+        """The longest conversation: with policy ``auto`` beyond what the model was trained for (see `reach`)."""
+        return MOST_TOKENS if self.options.recalls else self.context_length
+
     def read(
         self,
         documents: str | Path | Sequence[str | Path],
@@ -175,25 +191,41 @@ class Model:
         read = read_documents(sources)
         for line in read.notices:
             self._notice(line)
-        return self.read_text(read.text, progress=progress, system=system)
+        names = [str(source) for source in sources]
+        return self.read_text(read.text, progress=progress, system=system, names=names)
 
-    def read_text(self, text: str, *, progress: Progress | None = None, system: str | None = None) -> Context:
-        """As `read`, for a text that is at hand. An empty one starts a conversation without a document."""
+    def read_text(
+        self,
+        text: str,
+        *,
+        progress: Progress | None = None,
+        system: str | None = None,
+        names: Sequence[str] = (),
+    ) -> Context:
+        """As `read`, for a text that is at hand. An empty one starts a conversation without a document.
+
+        ``names``: what ``satchel cache list`` shows for it.
+        """
         begun = time.perf_counter()
         if text and not text.strip():
             raise DocumentError("the document has only white space; nothing to read")
         ids = self._first_ids(text, system)
-        limit = self.context_length
-        if len(ids) >= limit:
+        if len(ids) >= self.longest_tokens:
             raise ContextLengthError(
-                f"the document has {len(ids):,} tokens, the model {self.name} reads at most {limit:,}; "
-                "give fewer pages, or a model with a longer context (see 'satchel models')"
+                f"the document has {len(ids):,} tokens, the model {self.name} reads at most {self.longest_tokens:,} with "
+                f"policy {self.options.policy}; use policy auto, give fewer pages, or take a model with a longer context "
+                "(see 'satchel models')"
             )
         if self._has_run:  # the first document was measured, this one is not
             self._used_bytes += sys.getsizeof(text) + BYTES_PER_ID * len(ids)
-        context = self.open_context(len(ids), has_document=bool(text), has_system=system is not None)
+        context = self.open_context(len(ids), has_document=bool(text), has_system=system is not None, ids=ids)
         try:
-            context.prefill(ids, progress or no_progress)
+            known = context.tokens
+            context.reopened = known > 0
+            if known < len(ids):
+                context.prefill(ids[known:], progress or no_progress, total=len(ids))
+            if self._snapshots is not None and len(ids) - known >= LEAST_TOKENS:
+                context.save(self._snapshots, ids, names)
         except BaseException:
             context.close()
             raise
@@ -263,28 +295,65 @@ class Model:
     def _spelling(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.decode([token], special=True)
 
-    def open_context(self, tokens: int, *, has_document: bool = True, has_system: bool = False) -> Context:
-        """An empty conversation with a plan for ``tokens`` tokens and an answer."""
-        plan = self._plan(min(tokens + ANSWER_ROOM, self.context_length))
+    def open_context(
+        self, tokens: int, *, has_document: bool = True, has_system: bool = False, ids: Sequence[int] = ()
+    ) -> Context:
+        """A conversation with a plan for ``tokens`` tokens and an answer: empty, or with what a snapshot has of ``ids``."""
+        plan = self._plan(min(tokens + ANSWER_ROOM, self.longest_tokens))
         self._has_run = True
-        settings = self.options.settings
-        if plan.hot_tokens is not None and tokens > plan.hot_tokens:
+        if plan.codec is not None:
+            self._notice(why(plan, CODECS_OF_CHOICE[0] if self.options.settings.codec is None else None))
+        elif plan.hot_tokens is not None and tokens > plan.hot_tokens:
             self._notice(
                 f"{format_size(plan.limit_bytes)} of memory: {plan.hot_tokens:,} of {tokens:,} tokens stay hot for "
-                f"each head (policy {settings.scorer})"
+                f"each head (policy {self.options.settings.scorer})"
             )
-        cache = KVCache(
+        settings, archive, cache = self.settings_of(plan), self._archive_of(plan), None
+        if self._snapshots is not None and len(ids) >= LEAST_TOKENS:
+            cache = self._snapshots.reopen(ids, self.engine.cache_shape, settings, plan, archive)
+        cache = cache or KVCache(
             self.engine.cache_shape,
             settings,
             hot_tokens=plan.hot_tokens,
             threads=self.options.threads,
             limit_bytes=plan.kv_limit_bytes,
+            archive=archive,
         )
         context = Context(self, cache, plan, fresh=not (has_document or has_system), has_system=has_system)
         self.adopt(context)
         return context
 
-    def plan(self, tokens: int, *, archive: bool = True) -> Plan:
+    def settings_of(self, plan: Plan) -> CacheSettings:
+        """The settings with what the plan chose."""
+        settings = self.options.settings
+        sinks = settings.sinks if plan.sinks is None else plan.sinks
+        return replace(settings, sinks=sinks, window=settings.window if plan.window is None else plan.window)
+
+    def _archive_of(self, plan: Plan) -> ArchiveOptions | None:
+        """Where what leaves the hot tier goes. A whole cache has an archive too: for when it outgrows its memory."""
+        if not self.options.recalls:
+            return None
+        settings, outgrown = self.settings_of(plan), plan.codec is None
+        cold_bytes = self.disk_bytes if outgrown or plan.cold_bytes else 0
+        if outgrown and not cold_bytes:
+            return None
+        folder = cold_folder(cache_folder(self.cache_dir))
+        if cold_bytes:
+            make_folder(folder)
+        return ArchiveOptions(
+            codec=plan.codec or settings.codec or CODECS_OF_CHOICE[0],
+            retriever=settings.retriever,
+            sinks=settings.sinks,
+            window=settings.window,
+            recall_tokens=OUTGROWN_RECALL_TOKENS if outgrown else plan.recall_tokens,
+            recall_every=settings.recall_every,
+            reach=self.context_length,
+            warm_bytes=plan.warm_bytes,
+            cold_folder=str(folder) if cold_bytes else "",
+            cold_bytes=cold_bytes,
+        )
+
+    def plan(self, tokens: int) -> Plan:
         """How a text of ``tokens`` tokens (with questions and answers) would be read; nothing is.
 
         Raises:
@@ -292,7 +361,7 @@ class Model:
         """
         self._measure()
         text_bytes = tokens * (BYTES_PER_ID + BYTES_PER_TOKEN_OF_TEXT)
-        return self._plan(tokens, archive=archive, text_bytes=text_bytes, longest_tokens=0)
+        return self._plan(tokens, text_bytes=text_bytes, longest_tokens=0)
 
     @property
     def disk_bytes(self) -> int:
@@ -300,15 +369,12 @@ class Model:
         asked = self.options.disk_bytes
         return default_disk_limit(cache_folder(self.cache_dir)) if asked is None else asked
 
-    def _plan(
-        self, tokens: int, *, archive: bool = False, text_bytes: int = 0, longest_tokens: int | None = None
-    ) -> Plan:
+    def _plan(self, tokens: int, *, text_bytes: int = 0, longest_tokens: int | None = None) -> Plan:
         self._measure()
         # Forks share the pages of what they were forked from, and its plan.
         others = sum({id(context.plan): context.plan.kv_ram_bytes for context in self._contexts}.values())
         settings, policy = self.options.settings, self.options.policy
-        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others)
-        archive = archive and policy == "auto"  # a scorer's name asks for a budget that forgets
+        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others, threads=self.options.threads)
         return make_plan(
             costs,
             self.options.memory_bytes,
@@ -317,8 +383,8 @@ class Model:
             wishes=self.options.wishes,
             keep_everything=policy == "full",
             longest_tokens=self.context_length if longest_tokens is None else longest_tokens,
-            archive=archive,
-            disk_bytes=self.disk_bytes if archive else 0,
+            archive=self.options.recalls,
+            disk_bytes=self.disk_bytes if self.options.recalls else 0,
         )
 
     def _measure(self) -> None:
@@ -338,6 +404,7 @@ def load(
     device: str = "cpu",
     disk: str | int | None = None,
     cache: bool = True,
+    cache_limit: str | int | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], object] | None = None,
@@ -346,12 +413,15 @@ def load(
 
     Args:
         memory: limit of the whole process, such as ``"1.5GB"`` or a number of bytes; None: what the machine can give.
-        policy: ``full`` keeps every token, ``auto`` what fits, a scorer's name prunes by it.
+        policy: ``full`` keeps every token as it is; ``auto`` does, up to some thousand tokens, and then keeps old ones
+            encoded, in memory or on disk, and recalls what a question needs; a scorer's name forgets by its scores.
         kv: settings of the cache: ``hot_tokens``, ``chunk``, ``sinks``, ``window``, ``scorer``, ``storage``,
             ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``.
         threads: None: all cores that this process may use.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
-        cache: reserved for snapshots of read documents, which this version does not write yet.
+        cache: whether to open and save snapshots of read documents: what was read once is not read twice.
+        cache_limit: what all snapshots may take on disk; the least recently used go first. None: a tenth of the disk's
+            free space, at most 20 GB.
         cache_dir: where models and packages lie; None: the platform's cache folder.
         progress: called with (stage, done, total) while a model is fetched or exported.
         notice: called with lines that a person should know; None: the logger ``satchel``.
@@ -360,11 +430,16 @@ def load(
         OptionError: an argument is unknown or out of range.
         ModelError, DownloadError, StorageError: the model cannot be had.
     """
-    del cache
+    limit = None if cache_limit is None else parse_size(cache_limit)
     options = Options.check(memory, policy, kv, threads, device, disk)
     tell = notice or log_notice
     package = resolve_model(
         model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell
     )
     folder = Path(cache_dir) if cache_dir else None
-    return Model(package, options, name=str(model), notice=tell, cache_dir=folder)
+    snapshots = None
+    if cache:
+        snapshots = DocumentSnapshots(
+            package.fingerprint, str(model), cache_dir=folder, limit_bytes=limit, threads=options.threads, notice=tell
+        )
+    return Model(package, options, name=str(model), notice=tell, cache_dir=folder, snapshots=snapshots)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from .base import Retriever
 from .landmark import Landmark
+from .nothing import Nothing
 
-_RETRIEVERS: dict[str, type[Retriever]] = {retriever.name: retriever for retriever in (Landmark,)}
+_RETRIEVERS: dict[str, type[Retriever]] = {retriever.name: retriever for retriever in (Landmark, Nothing)}
 
 
 def retriever_names() -> tuple[str, ...]:

@@ -61,6 +61,11 @@ def snapshots_folder(root: Path) -> Path:
     return root / "snapshots"
 
 
+def cold_folder(root: Path) -> Path:
+    """Where old KV pages of running conversations lie below ``root``, in files without names."""
+    return root / "cold"
+
+
 def package_folder(root: Path, model_name: str, key: str) -> Path:
     """Where the package of a model lies; ``key`` is a hexadecimal hash, maybe with ``-more`` behind it."""
     if not _PACKAGE_KEY.fullmatch(key):

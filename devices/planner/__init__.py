@@ -2,16 +2,16 @@
 
 The decision, for the policy ``auto``, is by quality first and speed second:
 
-1. **The whole cache** as floats, when it fits with some chunk.
+1. **The whole cache** as floats, for texts of up to `WHOLE_TOKENS` tokens, when it fits.
 2. Else a small hot tier and an **archive** of everything that leaves it. An 8-bit archive loses next to nothing and
    costs only its digests in RAM when it lies on flash, so the best codec is kept as long as there is any place for it:
-   all of it in RAM (``warm``); else what fits there, the rest on disk (``mixed``, or ``cold`` when only the page that
-   is being filled is in RAM). Then the next smaller codec, in the same order.
+   all of it in RAM (``warm``); else what fits there, the rest on disk (``mixed``, or ``cold`` when nothing does).
+   Then the next smaller codec, in the same order.
 3. Else an error that names the smallest limit which would do.
 
-Within a placement the hot tier takes the roomiest rung of one ladder: 64 sinks, a window of 512 and 1,024 recalled
-tokens, all shrinking together down to 16, 128 and 192; the chunk is the largest of `CHUNKS` that the window is as long
-as. What a person sets stays as it is. With the archive in RAM recalled tokens are read in place and cost nothing.
+The hot tier takes the roomiest rung of one ladder that fits: 64 sinks, a window of 512 and 1,024 recalled tokens, all
+shrinking together down to 16, 128 and 768; the chunk is the largest of `CHUNKS` that the window is as long as, or half
+of it. What a person sets stays as it is.
 
 ``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens together, however large the memory is.
 A scorer's name as the policy keeps a budget and forgets the rest (``pruned``): no archive.
@@ -32,6 +32,7 @@ from .plan import (
     CHUNKS,
     MARGIN_BYTES,
     MARGIN_SHARE,
+    WHOLE_TOKENS,
     ArchiveCost,
     Costs,
     Need,
@@ -46,6 +47,7 @@ __all__ = [
     "CHUNKS",
     "MARGIN_BYTES",
     "MARGIN_SHARE",
+    "WHOLE_TOKENS",
     "ArchiveCost",
     "Costs",
     "Placement",
@@ -90,7 +92,8 @@ def make_plan(
     whole_costs = unscored if keep_everything or archive else costs
     whole = hot_need(whole_costs, tokens, wishes)
     plan = None
-    if wishes.hot_tokens is None:
+    whole_fits_best = keep_everything or not archive or tokens <= WHOLE_TOKENS
+    if wishes.hot_tokens is None and whole_fits_best:
         plan = full_plan(whole_costs, room, tokens, longest_tokens, chunks)
     if plan is None and not keep_everything:
         if archive:
@@ -103,7 +106,7 @@ def make_plan(
         needs = [whole]
     elif archive:
         needs = archive_needs(costs, tokens, wishes, disk_bytes)
-        needs += [whole] if wishes.hot_tokens is None else []
+        needs += [whole] if wishes.hot_tokens is None and whole_fits_best else []
     else:
         pruned = (wishes.hot_tokens or least_hot_tokens) + chunks[-1]
         needs = [hot_need(costs, pruned if wishes.hot_tokens else min(tokens, pruned), wishes)]

@@ -20,10 +20,9 @@ from .plan import (
     Wishes,
 )
 
-# Tokens per KV head, least and most. What is on the most's side was measured to lose nothing (docs/lab-notes.md);
-# the least still finds needles. In bytes the hot window and the recalled tokens are about 1/2 and 1/3 of what they
-# take with a chunk, all along the way, when the codec has 8 bits.
-SINKS, WINDOW, RECALL = (16, 64), (128, 512), (192, 1024)
+# Tokens per KV head, least and most; measured in docs/lab-notes.md. Recalled tokens are what quality depends on, and
+# they cost little memory: those on disk are held for one layer at a time.
+SINKS, WINDOW, RECALL = (16, 64), (128, 512), (768, 1024)
 RUNGS = 16
 
 
@@ -42,6 +41,11 @@ class Split:
         """Hot at once: what has just left the window waits until it can be archived in one step."""
         return self.hot_tokens + ARCHIVE_STEP - 1 + self.chunk
 
+    @property
+    def held_tokens(self) -> int:
+        """What there is room for: a fork has a copy of the page that is being filled."""
+        return self.capacity_tokens + ARCHIVE_STEP
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -57,27 +61,26 @@ class _Work:
 def splits(wishes: Wishes) -> list[Split]:
     """From the roomiest to the tightest: sinks, window and recall shrink together, and the chunk with the window.
 
-    A chunk is no longer than the window, which is all that its first token sees in full beside the sinks; only the
-    very last split reads a chunk of half of the least window.
+    A chunk is no longer than the window, which is all that its first token sees in full beside the sinks. Before the
+    window shrinks a step, half of its chunk is tried.
     """
-    ladder = [_rung(step / RUNGS, wishes) for step in range(RUNGS, -1, -1)]
-    if wishes.chunk is None and ladder[-1].chunk != CHUNKS[-1]:
-        ladder.append(replace(ladder[-1], chunk=CHUNKS[-1]))
+    ladder = []
+    for step in range(RUNGS, -1, -1):
+        rung = _rung(step / RUNGS, wishes)
+        ladder.append(rung)
+        if wishes.chunk is None and rung.chunk > CHUNKS[-1]:
+            ladder.append(replace(rung, chunk=rung.chunk // 2))
     return list(dict.fromkeys(ladder))
 
 
 def archive_plan(
     costs: Costs, room: Room, tokens: int, longest_tokens: int, wishes: Wishes, disk_bytes: int
 ) -> Plan | None:  # fmt: skip
-    """The best plan with an archive, or None. Codecs by quality; of each one RAM before disk; of these the roomiest."""
+    """The best plan with an archive, or None. Codecs by quality; of each one the roomiest split; RAM before disk."""
     work = _Work(costs, room, tokens, longest_tokens, disk_bytes)
-    ladder = splits(wishes)
     for cost in costs.archive:
-        for split in ladder:
-            if plan := _warm(work, _for_warm(split, wishes), cost):
-                return plan
-        for split in ladder:
-            if plan := _on_disk(work, split, cost):
+        for split in splits(wishes):
+            if plan := _warm(work, split, cost) or _on_disk(work, split, cost):
                 return plan
     return None
 
@@ -86,22 +89,24 @@ def archive_needs(costs: Costs, tokens: int, wishes: Wishes, disk_bytes: int) ->
     """What each way to read with an archive takes at least."""
     found = []
     for split in splits(wishes):
-        held = split.capacity_tokens + split.chunk
+        held = split.held_tokens
         fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held))
         pages = _pages(tokens, split)
         for cost in costs.archive:
-            for archived in _least_archived(cost, pages, split, disk_bytes):
+            for archived in _least_archived(cost, costs, pages, split, disk_bytes):
                 more = archived + pages * costs.digest_page_bytes
                 found.append(Need(fixed + more, costs.kv_bytes(held) + more))
     return found
 
 
-def _least_archived(cost: ArchiveCost, pages: int, split: Split, disk_bytes: int) -> Iterator[int]:
+def _least_archived(
+    cost: ArchiveCost, costs: Costs, pages: int, split: Split, disk_bytes: int
+) -> Iterator[int]:  # fmt: skip
     """RAM of the archive alone: all of it there, or as much on disk as may be."""
     yield pages * cost.page_bytes
-    cold = min(pages - 1, disk_bytes // cost.page_bytes)
+    cold = min(pages, disk_bytes // cost.page_bytes)
     if cold > 0:
-        yield (pages - cold) * cost.page_bytes + _recall_bytes(cost, split)
+        yield (pages - cold) * cost.page_bytes + _recall_bytes(cost, costs, split)
 
 
 def _rung(share: float, wishes: Wishes) -> Split:
@@ -121,17 +126,13 @@ def _between(ends: tuple[int, int], share: float) -> int:
     return round(ends[0] + (ends[1] - ends[0]) * share)
 
 
-def _for_warm(split: Split, wishes: Wishes) -> Split:
-    """Recall costs no memory when the archive is in RAM: it is read in place."""
-    return split if wishes.recall_tokens is not None else replace(split, recall_tokens=RECALL[1])
-
-
 def _pages(tokens: int, split: Split) -> int:
     return -(-max(tokens - split.hot_tokens, 0) // ARCHIVE_PAGE_TOKENS)
 
 
-def _recall_bytes(cost: ArchiveCost, split: Split) -> int:
-    return math.ceil(cost.bytes_per_token * split.recall_tokens)
+def _recall_bytes(cost: ArchiveCost, costs: Costs, split: Split) -> int:
+    """What is recalled from disk at one moment: each thread for one KV head of one layer, or one token for a layer."""
+    return math.ceil(cost.bytes_per_token / costs.layers * split.recall_tokens * costs.threads)
 
 
 def _scored(costs: Costs, split: Split) -> Costs:
@@ -141,7 +142,7 @@ def _scored(costs: Costs, split: Split) -> Costs:
 
 def _left(work: _Work, split: Split, pages: int) -> int:
     """Bytes that are left of the KV cache's room beside the hot pages and the digests."""
-    held, costs = split.capacity_tokens + split.chunk, _scored(work.costs, split)
+    held, costs = split.held_tokens, _scored(work.costs, split)
     hot = costs.kv_bytes(held)
     scoring = costs.scoring_bytes_per_token * costs.page_tokens * costs.pages(held)
     room = work.room.beside(costs, split.chunk) - scoring
@@ -161,27 +162,26 @@ def _warm(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
 
 
 def _on_disk(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
-    """The page that is being filled stays in RAM, and as many others as there is room for."""
+    """As much in RAM as there is room for, the rest on disk."""
     pages = _pages(work.tokens, split)
-    spare = _left(work, split, pages) - _recall_bytes(cost, split)
-    warm = min(spare // cost.page_bytes, pages - 1)
-    if warm < 1 or (pages - warm) * cost.page_bytes > work.disk_bytes:
+    spare = _left(work, split, pages) - _recall_bytes(cost, work.costs, split)
+    warm = min(spare // cost.page_bytes, pages)
+    if warm < 0 or (pages - warm) * cost.page_bytes > work.disk_bytes:
         return None
-    growth = min(_pages(work.longest_tokens, split), work.disk_bytes // cost.page_bytes + 1) - pages
-    digest_room = spare - cost.page_bytes
-    growth = max(min(growth, digest_room // max(work.costs.digest_page_bytes, 1)), 0)
+    growth = min(_pages(work.longest_tokens, split), work.disk_bytes // cost.page_bytes) - pages
+    growth = max(min(growth, spare // max(work.costs.digest_page_bytes, 1)), 0)
     pages += growth
-    warm = min((spare - growth * work.costs.digest_page_bytes) // cost.page_bytes, pages - 1)
-    return _plan(work, split, cost, "mixed" if warm > 1 else "cold", pages, warm_pages=warm)
+    warm = min((spare - growth * work.costs.digest_page_bytes) // cost.page_bytes, pages)
+    return _plan(work, split, cost, "mixed" if warm else "cold", pages, warm_pages=warm)
 
 
 def _plan(
     work: _Work, split: Split, cost: ArchiveCost, placement: Placement, pages: int, *, warm_pages: int
 ) -> Plan:  # fmt: skip
-    costs, held = _scored(work.costs, split), split.capacity_tokens + split.chunk
+    costs, held = _scored(work.costs, split), split.held_tokens
     warm, cold = warm_pages * cost.page_bytes, (pages - warm_pages) * cost.page_bytes
     digests = pages * costs.digest_page_bytes
-    recall = _recall_bytes(cost, split) if cold else 0
+    recall = _recall_bytes(cost, costs, split) if cold else 0
     rows = [
         *costs.rows(split.chunk, held),
         (f"archive in RAM ({cost.codec})", warm),

@@ -14,6 +14,10 @@ ARCHIVE_STEP = 64  # tokens that leave the window together: up to one fewer wait
 ARCHIVE_PAGE_TOKENS = 256  # consecutive tokens of one KV head that are stored together
 BLOCK_TOKENS = 16  # what has one digest and is recalled whole
 
+WHOLE_TOKENS = 8192
+"""Up to so many tokens the whole cache is kept when it fits. Beyond, an archive reads and answers faster every time:
+at 16K tokens twice as fast, and what is lost was measured (docs/lab-notes.md)."""
+
 Placement = Literal["full", "warm", "mixed", "cold", "pruned"]
 
 
@@ -46,6 +50,8 @@ class Costs:
     scoring_bytes_per_token: int = 0  # a scorer's working memory for each token that is held, one layer at a time
     digest_bytes_per_token: float = 0.0  # of what is archived, in RAM wherever its payload lies
     archive: tuple[ArchiveCost, ...] = ()
+    layers: int = 1
+    threads: int = 1
 
     def pages(self, tokens: int) -> int:
         """Pages of one KV head that hold ``tokens``."""
@@ -117,7 +123,7 @@ class Plan:
     warm_bytes: int = 0
     cold_bytes: int = 0
     digest_bytes: int = 0
-    recall_bytes: int = 0  # recalled tokens in the codec's form, while they are in use; warm ones are read in place
+    recall_bytes: int = 0  # recalled tokens in the codec's form, one layer at a time; warm ones are read in place
     full_limit_bytes: int = 0  # the smallest limit of the process that would keep the whole cache
     predicted: Prediction | None = None
 
@@ -136,7 +142,7 @@ class Plan:
         hot = tokens if self.hot_tokens is None else min(tokens, self.hot_tokens)
         if self.codec is not None:
             hot += ARCHIVE_STEP // 2
-        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + self.chunk)
+        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + (self.chunk if self.codec is None else ARCHIVE_STEP))
         return min(hot_bytes, self.kv_limit_bytes) + self.warm_bytes + self.digest_bytes + self.recall_bytes
 
 

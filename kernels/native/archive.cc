@@ -329,15 +329,13 @@ void Archive::sink_blocks(int layer, int kv_head, int32_t last, std::vector<Stor
     out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at, 0, nullptr});
 }
 
-void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const std::vector<int32_t>& chosen,
-                              const Recalled& source, const std::vector<int32_t>& hot_positions,
-                              std::vector<StoredBlock>& out) const {
+void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const Recalled& source,
+                              const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   int32_t next = first_seen(last) + settings_.sinks;
-  size_t i = 0;
-  for (const int32_t block : chosen) {
-    while (source.blocks[i] != block) ++i;  // both ascend
+  for (size_t i = 0; i < source.blocks.size(); ++i) {
+    const int block = source.blocks[i];
     const int position = block * kBlockTokens;
     uint16_t hidden = 0;
     for (auto p = std::lower_bound(hot_positions.begin(), hot_positions.end(), position);

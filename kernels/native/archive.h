@@ -92,9 +92,9 @@ class Archive {
   // While the device is slow: tells the system which file ranges this layer chose last. The next choice is near it.
   void expect(int layer) const;
   void note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks);
-  // What attention reads, moved inside `reach` of position `last`: the sinks; and `chosen` ones of the blocks in `source`.
+  // What attention reads, moved inside `reach` of position `last`: the sinks, and the blocks in `source`.
   void sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const;
-  void recalled_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& chosen, const Recalled& source,
+  void recalled_blocks(int layer, int kv_head, int32_t last, const Recalled& source,
                        const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const;
   // Where a page is to be scored, seen from a query at `last`.
   int32_t seen_position(int page, int32_t last) const;
