@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
+from ..errors import SnapshotError
 from .archive import BLOCK_TOKENS, CELL_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
 from .scorers import LayerView, find_scorer
@@ -128,14 +129,16 @@ class KVCache:
             SnapshotError: it is damaged, or of another model or settings.
             CacheFullError: its hot pages need more than ``limit_bytes``, or the disk failed.
         """
-        cache = cls(
-            shape, settings, hot_tokens=hot_tokens, threads=threads, limit_bytes=limit_bytes, archive=archive
-        )
-        cache.total_tokens = total_tokens_of(snapshot)
         try:
+            cache = cls(
+                shape, settings, hot_tokens=hot_tokens, threads=threads, limit_bytes=limit_bytes, archive=archive
+            )
+            cache.total_tokens = total_tokens_of(snapshot)
             cache._native = restored_native(snapshot, cache._options, cache.total_tokens)
         except RuntimeError as error:
             raise CacheFullError(str(error)) from None
+        except ValueError as error:  # settings that came with the snapshot
+            raise SnapshotError(f"the snapshot {snapshot.path} cannot be used: {error}; remove the file") from None
         return cache
 
     @property

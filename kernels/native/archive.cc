@@ -19,6 +19,7 @@ Archive::Archive(const ArchiveSettings& settings, int layers, int kv_heads, int 
   if (settings.sinks % kBlockTokens || settings.recall_tokens % kBlockTokens || settings.sinks < 0 ||
       settings.recall_tokens < 0 || settings.recall_every < 1)
     throw std::invalid_argument("Archive: sinks and recall_tokens must be multiples of 16");
+  if (settings.window < 0 || settings.reach < 0) throw std::invalid_argument("Archive: window and reach must not be negative");
   high_bytes_ = block_bytes(settings.high, head_size);
   low_bytes_ = block_bytes(settings.low, head_size);
   half_bytes_ = block_bytes(kHalf, head_size);
