@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 from .base import Retriever
+from .centroid import Centroid
+from .channels import Channels
 from .landmark import Landmark
+from .minmax import MinMax
 
-_RETRIEVERS: dict[str, type[Retriever]] = {retriever.name: retriever for retriever in (Landmark,)}
+_RETRIEVERS: dict[str, type[Retriever]] = {
+    retriever.name: retriever for retriever in (Landmark, MinMax, Centroid, Channels)
+}
 
 
 def retriever_names() -> tuple[str, ...]:
