@@ -158,7 +158,7 @@ class KVCache:
     def demote(self, hot_tokens: int | None = None) -> None:
         """Prunes every layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one).
 
-        With an archive up to `ArchiveOptions.step_tokens` - 1 more stay, and the sinks count although they are kept there.
+        With an archive less than its `step_tokens` more stay, and the sinks count although they are kept there.
 
         Raises:
             CacheFullError: pages are shared with a fork and there is no room for copies; every layer is consistent.

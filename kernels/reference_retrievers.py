@@ -1,7 +1,7 @@
 """Slow and obvious NumPy twin of the retrievers' digests: what each must say of a page of 256 tokens.
 
-As in ``reference.py`` all arithmetic is float64; codes are rounded as the native ones are. The letters are the same, and
-"in the frame of a page" means rotated (RoPE) by the distance from the page's first token.
+As in ``reference.py`` all arithmetic is float64; codes are rounded as the native ones are. The letters are the same.
+"In the frame of a page" means rotated (RoPE) by the distance from the page's first token.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def page_logits(digest: int, basis: Basis, framed: ArrayLike, queries: ArrayLike
 def _means(basis: Basis, keys: Floats, q: Floats) -> Floats:
     rest = keys.mean(axis=1) - basis.center
     scale = np.abs(rest).max(axis=1, keepdims=True) / 127
-    return q @ (np.rint(rest / scale) * scale + basis.center).T
+    logits: Floats = q @ (np.rint(rest / scale) * scale + basis.center).T
+    return logits
 
 
 def _bounds(basis: Basis, keys: Floats, q: Floats) -> Floats:
@@ -81,7 +82,8 @@ def _bounds(basis: Basis, keys: Floats, q: Floats) -> Floats:
     scale = (most.max(axis=1, keepdims=True) - offset) / 255
     least = np.floor((least - offset) / scale) * scale + offset + basis.center
     most = np.ceil((most - offset) / scale) * scale + offset + basis.center
-    return np.stack([np.maximum(row * least, row * most).sum(axis=1) for row in q])
+    logits: Floats = np.stack([np.maximum(row * least, row * most).sum(axis=1) for row in q])
+    return logits
 
 
 def _channels(basis: Basis, keys: Floats, q: Floats) -> Floats:
@@ -89,7 +91,8 @@ def _channels(basis: Basis, keys: Floats, q: Floats) -> Floats:
     scale = (np.abs(rest).max(axis=-1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
     codes = np.clip(np.rint(rest / scale), -127, 127)
     tokens = np.einsum("rc,btc->rbt", q[:, basis.channels], codes * scale)
-    return q @ basis.center.T + np.log(np.exp(tokens).mean(axis=-1))
+    logits: Floats = q @ basis.center.T + np.log(np.exp(tokens).mean(axis=-1))
+    return logits
 
 
 def _clusters(basis: Basis, keys: Floats, q: Floats) -> Floats:
@@ -97,17 +100,21 @@ def _clusters(basis: Basis, keys: Floats, q: Floats) -> Floats:
     least, most = rest.min(axis=0), rest.max(axis=0)
     offset, scale = (x.astype(np.float16).astype(np.float64) for x in ((least + most) / 2, (most - least) / 254))
     codes = np.clip(np.rint((rest - offset) / scale), -127, 127)
-    return q @ (codes * scale + offset + basis.center).T
+    logits: Floats = q @ (codes * scale + offset + basis.center).T
+    return logits
 
 
 def votes(logits: ArrayLike, hot_log_sums: ArrayLike) -> Floats:
-    """Shares of the blocks [blocks], summed over query rows: of a softmax in which every token of a block has the block's
-    logit [R, blocks], beside hot tokens with these logs of sums of exponentials [R]."""
+    """What the blocks get of the rows' softmax [blocks], summed over rows, if each of a block's tokens had its logit.
+
+    ``logits`` are [R, blocks]; ``hot_log_sums`` [R] are the logs of the hot tokens' sums of exponentials.
+    """
     rows, hot = np.asarray(logits, np.float64), np.asarray(hot_log_sums, np.float64)
     peak = np.maximum(rows.max(axis=1), hot)[:, None]
     parts = TOKENS * np.exp(rows - peak)
     shares: Floats = parts / (parts.sum(axis=1, keepdims=True) + np.exp(hot[:, None] - peak))
-    return shares.sum(axis=0)
+    total: Floats = shares.sum(axis=0)
+    return total
 
 
 def spherical_loss(framed: ArrayLike) -> float:

@@ -1,4 +1,4 @@
-"""Retrievers: which archived blocks a query needs. One file per method; a new one is a file here and a row in the table.
+"""Retrievers: which archived blocks a query needs. One file per method; a new one is a file and a row in the table.
 
 ``find_retriever`` makes one by name; tests/cache/test_retrievers.py runs the same checks over all of them.
 """

@@ -19,7 +19,8 @@ def test_every_retriever_has_a_row() -> None:
 @pytest.mark.parametrize("name", retriever_names())
 def test_declared(name: str) -> None:
     retriever = find_retriever(name)
-    assert retriever.name == name and "arXiv" in retriever.paper
+    assert retriever.name == name
+    assert "arXiv" in retriever.paper
     assert (retriever.digest_bytes_per_token(64), retriever.step_tokens) == ROWS[name]
 
 

@@ -95,7 +95,8 @@ def test_the_choice_is_the_twins(kind: str, variant: str, reach: int) -> None:
                 expected = expected_votes(kind, cache, pairs, question, kv, reach)
                 expected[: SINKS // 16] = -1
                 chosen = cache.recalled(0, kv)
-                assert chosen == sorted(set(chosen)) and len(chosen) == 4
+                assert chosen == sorted(set(chosen))
+                assert len(chosen) == 4
                 best = np.sort(expected)[::-1]
                 # rounding may exchange two codes that are as near: a block in a hundred of the votes of the last one
                 assert (expected[chosen] >= 0.97 * best[3]).all()
@@ -169,8 +170,8 @@ def test_clusters_are_of_equal_size_and_nearer_than_neighbours() -> None:
             slots = order[page * twin.PAGE : (page + 1) * twin.PAGE]
             assert set(slots // twin.PAGE) == {page}
             found, plain = (
-                twin.spherical_loss(ROTATION.turn(pairs[1][places, kv], places - page * twin.PAGE).reshape(16, 16, SIZE))
-                for places in (slots, np.sort(slots))
+                twin.spherical_loss(ROTATION.turn(pairs[1][at, kv], at - page * twin.PAGE).reshape(16, 16, SIZE))
+                for at in (slots, np.sort(slots))
             )
             assert found < 0.9 * plain
 
