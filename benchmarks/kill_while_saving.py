@@ -63,7 +63,7 @@ def check(snapshot: Snapshot, number: int) -> None:
     found = KVCache.restored(SHAPE, SETTINGS, snapshot, hot_tokens=200, archive=ARCHIVE)
     assert found.total_tokens == TOKENS
     for (name, mine, _), (_, theirs, _) in zip(found.sections(), expected.sections(), strict=True):
-        assert b"".join(mine) == b"".join(theirs), f"section {name} of document {number}"
+        assert b"".join(map(bytes, mine)) == b"".join(map(bytes, theirs)), f"section {name} of document {number}"
     found.close()
 
 
