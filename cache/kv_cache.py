@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .. import kernels
 from ..errors import SnapshotError
-from .archive import BLOCK_TOKENS, CELL_TOKENS, ArchiveOptions, round_up
+from .archive import BLOCK_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
 from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
@@ -229,7 +229,7 @@ class KVCache:
     def demote(self, hot_tokens: int | None = None) -> None:
         """Prunes every layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one).
 
-        With an archive up to `CELL_TOKENS` - 1 more stay, and the sinks count although they are kept there.
+        With an archive less than its `step_tokens` more stay, and the sinks count although they are kept there.
 
         Raises:
             CacheFullError: pages are shared with a fork and there is no room for copies; every layer is consistent.
@@ -256,7 +256,7 @@ class KVCache:
         self._native.retain_layer(layer, np.sort(best, axis=1).astype(np.int32))
 
     def _archive_before_window(self, archive: ArchiveOptions, budget: int) -> None:
-        until = (self.total_tokens - archive.window) // CELL_TOKENS * CELL_TOKENS
+        until = (self.total_tokens - archive.window) // archive.step_tokens * archive.step_tokens
         before = self._native.archived_until
         if until <= before or until < archive.sinks:
             return

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import ArchiveOptions, CacheSettings, KVCache
+from ..cache.retrievers import find_retriever
 from ..cache.scorers import scorer_names
 from ..devices.files.cache_folder import cache_folder, cold_folder
 from ..devices.files.safe_write import make_folder
@@ -101,6 +102,7 @@ class Options:
             window=settings.window if "window" in self.given else None,
             recall_tokens=0 if settings.retriever == "none" else settings.recall_tokens,
             budget_bytes=settings.budget_bytes,
+            step_tokens=find_retriever(settings.retriever).step_tokens,
         )
 
 

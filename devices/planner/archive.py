@@ -35,11 +35,12 @@ class Split:
     window: int
     hot_tokens: int
     recall_tokens: int
+    step_tokens: int = ARCHIVE_STEP
 
     @property
     def capacity_tokens(self) -> int:
         """Hot at once: what has just left the window waits until it can be archived in one step."""
-        return self.hot_tokens + ARCHIVE_STEP - 1 + self.chunk
+        return self.hot_tokens + self.step_tokens - 1 + self.chunk
 
     @property
     def held_tokens(self) -> int:
@@ -119,7 +120,7 @@ def _rung(share: float, wishes: Wishes) -> Split:
     if recall is None:
         recall = _between(RECALL, share) // BLOCK_TOKENS * BLOCK_TOKENS
     chunk = wishes.chunk or next((size for size in CHUNKS if size <= hot - sinks), CHUNKS[-1])
-    return Split(chunk, sinks, window, hot, recall)
+    return Split(chunk, sinks, window, hot, recall, wishes.step_tokens)
 
 
 def _between(ends: tuple[int, int], share: float) -> int:

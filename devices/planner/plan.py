@@ -89,6 +89,7 @@ class Wishes:
     window: int | None = None
     recall_tokens: int | None = None
     budget_bytes: int | None = None
+    step_tokens: int = ARCHIVE_STEP  # of the retriever: tokens that leave the window together
 
 
 @dataclass(frozen=True)

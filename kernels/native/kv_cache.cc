@@ -278,8 +278,23 @@ void KVCache::archive_layer(int layer_index, int until, const float* block_score
       for (int i = 0; i < 2 * half; ++i) to[i] *= undo;
     }
     if (block_scores) in.block_scores.assign(block_scores + kv * blocks, block_scores + (kv + 1) * blocks);
+    if (from == 0) in.query_energy = observed_energy(layer, int(kv));
   });
   archive_->append_layer(layer_index, heads, until, work_.table, parallel);
+}
+
+// Mean squares of the observed queries' channels [D], over the heads that read a KV head; empty when none were observed.
+std::vector<float> KVCache::observed_energy(const Layer& layer, int kv_head) const {
+  const int D = shape_.head_size, G = shape_.heads / shape_.kv_heads;
+  const size_t count = layer.observed_positions.size();
+  std::vector<float> energy(count ? D : 0);
+  for (size_t n = 0; n < count; ++n)
+    for (int g = 0; g < G; ++g)
+      for (int d = 0; d < D; ++d) {
+        const float q = layer.observed[(n * shape_.heads + size_t(kv_head) * G + g) * D + d];
+        energy[d] += q * q / float(count * G);
+      }
+  return energy;
 }
 
 void KVCache::drop_archived() {
@@ -302,7 +317,7 @@ void KVCache::drop_archived() {
 // Forgets what the archive has from `position` on, and takes the window before it back into the hot tier.
 void KVCache::return_to_hot(int position) {
   const ArchiveSettings& settings = archive_->settings();
-  int from = std::max(0, position - settings.window) / kCellTokens * kCellTokens;
+  int from = std::max(0, position - settings.window) / archive_->step_tokens() * archive_->step_tokens();
   if (from < settings.sinks) from = 0;
   const int D = shape_.head_size, used = position - from;
   const int tokens = (used + kBlockTokens - 1) / kBlockTokens * kBlockTokens;

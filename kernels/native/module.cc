@@ -124,7 +124,8 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         cache->archive_until(until, scores, threads(thread_count));
       }, py::arg("until"), py::arg("block_scores") = py::none(), py::arg("threads") = 1,
-         "Stores all pairs before `until` (a multiple of 64) in the archive; they stay hot until drop_archived().")
+         "Stores all pairs before `until` (a multiple of 64; of 256 with clusters) in the archive; they stay hot until "
+         "drop_archived().")
       .def("drop_archived", [](CacheHandle& self) { self.get().drop_archived(); },
            "Forgets in the hot tier what the archive has.")
       .def("archive_usage", [](const CacheHandle& self) {
@@ -145,6 +146,18 @@ PYBIND11_MODULE(_native, m) {
                "no such archive");
         return a->recalled(layer, kv_head).blocks;
       }, py::arg("layer"), py::arg("kv_head"), "Blocks (of 16 tokens) that attention reads from the archive now.")
+      .def("archive_order", [](const CacheHandle& self, int layer, int kv_head) {
+        const Archive* a = self.get().archive();
+        expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
+               "no such archive");
+        py::array_t<int32_t> positions(a->end());
+        for (int slot = 0; slot < a->end(); ++slot) {
+          const uint8_t* order = a->order(layer, kv_head, slot / kDigestTokens);
+          positions.mutable_data()[slot] =
+              order ? slot / kDigestTokens * kDigestTokens + order[slot % kDigestTokens] : slot;
+        }
+        return positions;
+      }, py::arg("layer"), py::arg("kv_head"), "Positions in the order of the blocks: block b has [16 * b, 16 * b + 16).")
       .def("read_archive", [](const CacheHandle& self, int layer, int kv_head) {
         const Archive* a = self.get().archive();
         expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
