@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from satchel import kernels
-from satchel.cache.archive import ArchiveOptions
+from satchel.cache import ArchiveOptions
 from satchel.cache.codecs import codec_names
 
 Array = NDArray[Any]
