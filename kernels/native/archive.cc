@@ -11,6 +11,13 @@ namespace satchel {
 namespace {
 const Codec kHalf{};  // 16 bits
 
+// Which of the 16 tokens from `position` on are among `hot` positions (ascending).
+uint16_t hidden_by(const std::vector<int32_t>& hot, int32_t position) {
+  uint16_t hidden = 0;
+  for (auto p = std::lower_bound(hot.begin(), hot.end(), position); p != hot.end() && *p < position + kBlockTokens; ++p)
+    hidden |= uint16_t(1) << (*p - position);
+  return hidden;
+}
 }  // namespace
 
 Archive::Archive(const ArchiveSettings& settings, int layers, int kv_heads, int head_size)
@@ -173,42 +180,56 @@ void Archive::spill() {
 
 void Archive::truncate(int until) {
   if (until >= end_) return;
-  cells_ = until < settings_.sinks ? 0 : until / kCellTokens;
-  end_ = cells_ * kCellTokens;
+  int cells = until / kCellTokens;
+  if (cells * kCellTokens < settings_.sinks) cells = 0;
+  std::vector<std::shared_ptr<Extent>> tails(layers_.size());  // read first: what fails then has changed nothing
+  for (size_t l = 0; l < layers_.size(); ++l)
+    if (cells > 0 && cells < cells_) tails[l] = beginning_of(extent_of(layers_[l], cells - 1), cells);
+  cells_ = cells;
+  end_ = cells * kCellTokens;
   trim();
+  for (size_t l = 0; l < layers_.size(); ++l)
+    if (tails[l]) layers_[l].extents.back() = std::move(tails[l]);
+}
+
+// An extent's cells before `until` in memory; null when that is all of them.
+std::shared_ptr<Extent> Archive::beginning_of(const Extent& whole, int until) const {
+  const int kept = until - whole.first_cell;
+  if (kept >= whole.cells) return nullptr;
+  auto part = std::make_shared<Extent>();
+  part->first_cell = whole.first_cell;
+  part->cells = kept;
+  if (whole.lost()) return part;
+  const size_t heads = layers_[0].heads.size(), row = kept * cell_bytes_;
+  part->memory.reset(new uint8_t[heads * row]);
+  for (size_t kv = 0; kv < heads; ++kv) {
+    const uint64_t from = kv * whole.cells * cell_bytes_;
+    if (whole.memory)
+      std::memcpy(part->memory.get() + kv * row, whole.memory.get() + from, row);
+    else
+      whole.file->read(part->memory.get() + kv * row, row, whole.offset + from);
+  }
+  return part;
 }
 
 void Archive::trim() {
   for (Layer& layer : layers_) {
     while (!layer.extents.empty() && layer.extents.back()->first_cell >= cells_) layer.extents.pop_back();
-    if (!layer.extents.empty()) {
-      std::shared_ptr<Extent>& tail = layer.extents.back();
-      if (tail->first_cell + tail->cells > cells_) {  // a part of it stays: the rest of its bytes is passed over
-        auto part = std::make_shared<Extent>();
-        const int kept = cells_ - tail->first_cell;
-        part->first_cell = tail->first_cell;
-        part->cells = kept;
-        const size_t row = kept * cell_bytes_;
-        part->memory.reset(new uint8_t[layer.heads.size() * row]);
-        for (size_t kv = 0; kv < layer.heads.size() && !tail->lost(); ++kv) {
-          const uint64_t from = kv * tail->cells * cell_bytes_;
-          if (tail->memory)
-            std::memcpy(part->memory.get() + kv * row, tail->memory.get() + from, row);
-          else
-            tail->file->read(part->memory.get() + kv * row, row, tail->offset + from);
-        }
-        if (tail->lost()) part->memory.reset();
-        tail = std::move(part);
-      }
-    }
     for (Head& h : layer.heads) {
       h.high_of_cell.resize(cells_);
       h.tiles.resize(std::min(h.tiles.size(), size_t(pages())));
       h.recalled = Recalled();
-      if (end_ == 0) h.sinks.clear();
+      if (end_ > 0) continue;
+      h.sinks.clear();
+      h.statistics.reset();  // what comes first next time is measured anew
+      h.basis.reset();
     }
-    layer.chosen_at = -1;
   }
+  forget_choices();
+}
+
+void Archive::forget_choices() {
+  for (Layer& layer : layers_) layer.chosen_at = -1;
 }
 
 void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, uint8_t* out) const {
@@ -224,13 +245,13 @@ void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, u
     throw std::runtime_error("a block of the KV archive was lost: there was no room for it");
 }
 
-void Archive::read(int layer_index, int kv_head, int from, float* keys, float* values) const {
+void Archive::read(int layer_index, int kv_head, int from, int until, float* keys, float* values) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   const int D = head_size_;
   std::vector<uint8_t> bytes(std::max({high_bytes_, low_bytes_, half_bytes_}));
   std::vector<float> k(size_t(kBlockTokens) * D), v(size_t(kBlockTokens) * D);
-  for (int position = from; position < end_; position += kBlockTokens) {
+  for (int position = from; position < until; position += kBlockTokens) {
     const uint8_t* data = bytes.data();
     const BlockFormat* format = &h.half;
     if (position < settings_.sinks) {
@@ -244,7 +265,7 @@ void Archive::read(int layer_index, int kv_head, int from, float* keys, float* v
       format = is_high(h, block) ? &h.high : &h.low;
     }
     active_variant().decode_block(*format, data, k.data(), v.data());
-    for (int t = 0; t < kBlockTokens; ++t) {
+    for (int t = 0; t < std::min(kBlockTokens, until - position); ++t) {
       float *to_keys = keys + size_t(position + t - from) * D, *to_values = values + size_t(position + t - from) * D;
       for (int d = 0; d < D; ++d) to_keys[d] = k[size_t(d) * kBlockTokens + t];
       std::copy_n(v.data() + size_t(t) * D, D, to_values);
@@ -268,31 +289,53 @@ void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, i
                    std::min(kDigestBlocks, blocks() - page * kDigestBlocks)});
 }
 
+// The sinks and what is recalled may lie beyond `last` when `reach` is too small for them.
+int32_t Archive::seen_until(int32_t last) const {
+  return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kBlockTokens);
+}
+
 bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }
+bool Archive::lost(int cell) const {
+  return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return extent_of(layer, cell).lost(); });
+}
 
 Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vector<int32_t>& chosen) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   Recalled now;
-  now.blocks = chosen;
   size_t cold = 0;
   for (int32_t block : chosen) {
-    const bool in_place = extent_of(layer, block / kCellBlocks).memory != nullptr;
+    const Extent& extent = extent_of(layer, block / kCellBlocks);
+    if (extent.lost()) continue;
+    const bool in_place = extent.memory != nullptr;
+    now.blocks.push_back(block);
     now.at.push_back(in_place ? -1 : int32_t(cold));
     if (!in_place) cold += bytes_of(h, block);
   }
   now.bytes.resize(cold);
   const Recalled& before = h.recalled;
-  for (size_t i = 0; i < chosen.size(); ++i) {
+  for (size_t i = 0; i < now.blocks.size(); ++i) {
     if (now.at[i] < 0) continue;
-    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), chosen[i]) - before.blocks.begin());
-    const bool known = j < before.blocks.size() && before.blocks[j] == chosen[i] && before.at[j] >= 0;
-    if (known && before.at[j] + bytes_of(h, chosen[i]) <= before.bytes.size())
-      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, chosen[i]));
+    const int32_t block = now.blocks[i];
+    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), block) - before.blocks.begin());
+    const bool known = j < before.blocks.size() && before.blocks[j] == block && before.at[j] >= 0;
+    if (known && before.at[j] + bytes_of(h, block) <= before.bytes.size())
+      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, block));
     else
-      fetch(layer, h, kv_head, chosen[i], now.bytes.data() + now.at[i]);
+      fetch(layer, h, kv_head, block, now.bytes.data() + now.at[i]);
   }
   return now;
+}
+
+bool Archive::holds(int layer_index, int kv_head) const {
+  const Layer& layer = layers_[layer_index];
+  const Head& h = layer.heads[kv_head];
+  for (size_t i = 0; i < h.recalled.blocks.size(); ++i) {
+    const int32_t block = h.recalled.blocks[i], at = h.recalled.at[i];
+    if (at < 0 ? !extent_of(layer, block / kCellBlocks).memory : at + bytes_of(h, block) > h.recalled.bytes.size())
+      return false;
+  }
+  return true;
 }
 
 void Archive::note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks) { head(layer, kv_head).expected = blocks; }
@@ -301,8 +344,7 @@ void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
   Recalled& recalled = head(layer, kv_head).recalled;
   recalled = chosen;
   const uint64_t share = settings_.held_limit_bytes / (layers_.size() * layers_[0].heads.size());
-  recalled.complete = chosen.bytes.size() <= share;
-  if (recalled.complete) return;
+  if (chosen.bytes.size() <= share) return;
   size_t kept = 0;  // whole blocks
   for (size_t i = 0; i < chosen.blocks.size(); ++i)
     if (chosen.at[i] >= 0 && chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]) <= share)
@@ -324,10 +366,12 @@ void Archive::expect(int layer_index) const {
     }
 }
 
-void Archive::sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const {
+void Archive::sink_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
+                          std::vector<StoredBlock>& out) const {
   const Head& h = head(layer, kv_head);
   for (int at = 0; at < settings_.sinks; at += kBlockTokens)
-    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at, 0, nullptr});
+    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at,
+                   hidden_by(hot_positions, at), nullptr});
 }
 
 void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const std::vector<int32_t>& chosen,
@@ -340,10 +384,6 @@ void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const 
   for (const int32_t block : chosen) {
     while (source.blocks[i] != block) ++i;  // both ascend
     const int position = block * kBlockTokens;
-    uint16_t hidden = 0;
-    for (auto p = std::lower_bound(hot_positions.begin(), hot_positions.end(), position);
-         p != hot_positions.end() && *p < position + kBlockTokens; ++p)
-      hidden |= uint16_t(1) << (*p - position);
     const uint8_t* data = nullptr;
     if (source.at[i] >= 0) {
       data = source.bytes.data() + source.at[i];
@@ -354,7 +394,7 @@ void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const 
              block_at(h, block);
     }
     next = std::max(next, position);
-    out.push_back({data, is_high(h, block) ? &h.high : &h.low, next, hidden, nullptr});
+    out.push_back({data, is_high(h, block) ? &h.high : &h.low, next, hidden_by(hot_positions, position), nullptr});
     next += kBlockTokens;
   }
 }

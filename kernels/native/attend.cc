@@ -28,8 +28,8 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
   for (const Head& head : layer.heads)  // pages are skipped by their first and last position
     if (head.tokens && position_of(head, head.tokens - 1) > positions[0])
       throw std::invalid_argument("positions must ascend: the cache holds later ones already");
-  if (positions[0] < archived_until()) throw std::invalid_argument("positions must ascend: the archive holds later ones");
   prepare_rope(s, positions, tokens, frequencies);
+  if (positions[0] < archived_until()) throw std::invalid_argument("positions must ascend: the archive holds later ones");
   const int D = shape_.head_size, KV = shape_.kv_heads, G = shape_.heads / KV, half = s.rope_dims / 2;
   observe(layer, queries, tokens);
   work_.queries.resize(size_t(tokens) * shape_.heads * D);
@@ -114,7 +114,7 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
   std::vector<std::vector<StoredBlock>> sinks(KV);
   for (int kv = 0; kv < KV; ++kv) {
     const Head& head = layer.heads[kv];
-    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), sinks[kv]);
+    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), archived_positions(head), sinks[kv]);
     for (size_t p = 0; p < head.pages.size(); ++p) {
       const Page& page = *head.pages[p];
       pages[kv].push_back({page.keys(), page.values(), page.positions(),
@@ -147,7 +147,7 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
 void KVCache::prepare_archive_rope(const AttentionSettings& s, int last) {
   Workspace& w = work_;
   const int half = s.rope_dims / 2, pages = archive_->pages();
-  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, last + 1);
+  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, archive_->seen_until(last));
   if (w.page_ropes_last == last && w.page_ropes_factor == s.rope_attention_factor &&
       w.page_ropes_frequencies == w.rope_frequencies && w.page_ropes.size() == size_t(pages) * 2 * half)
     return;  // as another layer of this run had it
@@ -216,6 +216,8 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
     active_variant().score({settings.retriever, &archive_->basis(s.layer, choice.kv_head), D, s.rope_dims / 2,
                             queries.data(), voters, seen.data(), int(seen.size()), maxima.data(), weights.data(),
                             votes.data()});
+    for (float& vote : votes)
+      if (!(vote >= 0)) vote = 0;  // not a number: sorting needs an order
     choice.blocks = candidates;
     std::nth_element(choice.blocks.begin(), choice.blocks.begin() + wanted, choice.blocks.end(), [&](int32_t a, int32_t b) {
       return votes[a] != votes[b] ? votes[a] > votes[b] : a > b;
@@ -225,6 +227,14 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
   });
 }
 
+// Those hot tokens that the archive has, too.
+std::vector<int32_t> KVCache::archived_positions(const Head& head) const {
+  std::vector<int32_t> positions;
+  for (int t = 0; t < head.tokens && position_of(head, t) < archived_until(); ++t)
+    positions.push_back(position_of(head, t));
+  return positions;
+}
+
 // The queries of a chunk attend to the blocks of their choice; a single query to the blocks that were chosen last.
 void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, const std::vector<Choice>& choices,
                               float* out, const Parallel& parallel) {
@@ -232,13 +242,13 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
   const Layer& layer = layers_[s.layer];
   std::vector<std::vector<int32_t>> still_hot(KV);
   std::vector<Archive::Recalled> gathered(KV);
+  std::vector<char> held(KV, 0);
   if (!choices.empty()) archive_->expect((s.layer + 1) % shape_.layers);
   parallel(size_t(KV), [&](size_t kv) {
-    const Head& head = layer.heads[kv];
-    for (int t = 0; t < head.tokens && position_of(head, t) < archive_->end(); ++t)
-      still_hot[kv].push_back(position_of(head, t));
+    still_hot[kv] = archived_positions(layer.heads[kv]);
     if (choices.empty()) {
-      if (!archive_->recalled(s.layer, int(kv)).complete)
+      held[kv] = archive_->holds(s.layer, int(kv));
+      if (!held[kv])
         gathered[kv] = archive_->gather(s.layer, int(kv), archive_->recalled(s.layer, int(kv)).blocks);
       return;
     }
@@ -256,8 +266,7 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
     const int split = int(index % splits);
     const size_t number = index / splits;
     const int kv = tokens == 1 ? int(number) : choices[number].kv_head;
-    const bool held = choices.empty() && archive_->recalled(s.layer, kv).complete;
-    const Archive::Recalled& source = held ? archive_->recalled(s.layer, kv) : gathered[kv];
+    const Archive::Recalled& source = held[kv] ? archive_->recalled(s.layer, kv) : gathered[kv];
     std::vector<StoredBlock> blocks;
     archive_->recalled_blocks(s.layer, kv, last, choices.empty() ? source.blocks : choices[number].blocks, source,
                               still_hot[kv], blocks);

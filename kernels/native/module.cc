@@ -215,7 +215,7 @@ PYBIND11_MODULE(_native, m) {
                "no such archive");
         const py::ssize_t n = a->end(), d = self.get().shape().head_size;
         py::array_t<float> keys({n, d}), values({n, d});
-        a->read(layer, kv_head, 0, keys.mutable_data(), values.mutable_data());
+        a->read(layer, kv_head, 0, int(n), keys.mutable_data(), values.mutable_data());
         return py::make_tuple(keys, values);
       }, py::arg("layer"), py::arg("kv_head"), "(keys before RoPE [n, D], values [n, D]) of positions 0 .. n, decoded.")
       .def("tokens", [](const CacheHandle& self, int layer, int kv_head) { return self.get().tokens(layer, kv_head); },
