@@ -245,6 +245,13 @@ void KVCache::archive_until(int until, const float* block_scores, const Parallel
   if (!archive_) throw std::invalid_argument("this KV cache has no archive");
   if (until <= archive_->end() || until % kCellTokens || until < archive_->settings().sinks)
     throw std::invalid_argument("archive: pairs come in whole cells of 64 tokens, the first ones with all sinks");
+  for (const Layer& layer : layers_)
+    for (const Head& head : layer.heads) {
+      const int first = first_at(head, archive_->end()), tokens = until - archive_->end();
+      if (tokens > head.tokens - first || position_of(head, first) != archive_->end() ||
+          position_of(head, first + tokens - 1) != until - 1)
+        throw std::invalid_argument("archive: not all tokens before `until` are hot");
+    }
   const size_t scores = size_t(shape_.kv_heads) * (until - archive_->end()) / kBlockTokens;
   try {
     for (int layer = 0; layer < shape_.layers; ++layer)
@@ -266,8 +273,6 @@ void KVCache::archive_layer(int layer_index, int until, const float* block_score
     const Head& head = layer.heads[kv];
     Archive::Incoming& in = heads[kv];
     const int first = first_at(head, from);
-    if (tokens > head.tokens - first || position_of(head, first) != from || position_of(head, first + tokens - 1) != until - 1)
-      throw std::invalid_argument("archive: not all tokens before `until` are hot");
     in.keys.resize(size_t(tokens) * D);
     in.values.resize(size_t(tokens) * D);
     std::vector<int32_t> positions(tokens);
