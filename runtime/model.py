@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import ArchiveOptions, CacheSettings, KVCache
+from ..cache.retrievers import find_retriever
 from ..cache.scorers import scorer_names
 from ..devices.files.cache_folder import cache_folder, cold_folder
 from ..devices.files.safe_write import make_folder
@@ -101,6 +102,7 @@ class Options:
             window=settings.window if "window" in self.given else None,
             recall_tokens=0 if settings.retriever == "none" else settings.recall_tokens,
             budget_bytes=settings.budget_bytes,
+            step_tokens=find_retriever(settings.retriever).step_tokens,
         )
 
 
@@ -374,7 +376,7 @@ class Model:
         # Forks share the pages of what they were forked from, and its plan.
         others = sum({id(context.plan): context.plan.kv_ram_bytes for context in self._contexts}.values())
         settings, policy = self.options.settings, self.options.policy
-        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others)
+        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others, threads=self.options.threads)
         return make_plan(
             costs,
             self.options.memory_bytes,

@@ -14,7 +14,7 @@ namespace {
 constexpr int kTaskRows = 96;        // query rows of one attention task: a page is converted once for them
 // Neighbouring queries choose blocks together: few of them, so that each finds what it needs. In a long chunk (a document
 // that is read) more share a choice, and every fourth has a vote: a choice costs a pass over all digests.
-constexpr int kLongChunk = 64, kQueriesOfLongChunk = 16, kQueriesOfShortChunk = 4, kVoterStride = 4;
+constexpr int kLongChunk = 48, kQueriesOfLongChunk = 16, kQueriesOfShortChunk = 4, kVoterStride = 4;
 }  // namespace
 
 void KVCache::attend(const AttentionSettings& s, const float* queries, const float* keys, const float* values,
@@ -217,7 +217,7 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
                             queries.data(), voters, seen.data(), int(seen.size()), maxima.data(), weights.data(),
                             votes.data()});
     for (float& vote : votes)
-      if (!(vote >= 0)) vote = 0;  // not a number: sorting needs an order
+      if (vote != vote) vote = 0;  // of keys or queries that are no numbers: what is not ordered cannot be sorted
     choice.blocks = candidates;
     std::nth_element(choice.blocks.begin(), choice.blocks.begin() + wanted, choice.blocks.end(), [&](int32_t a, int32_t b) {
       return votes[a] != votes[b] ? votes[a] > votes[b] : a > b;
@@ -239,39 +239,12 @@ std::vector<int32_t> KVCache::archived_positions(const Head& head) const {
 void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, const std::vector<Choice>& choices,
                               float* out, const Parallel& parallel) {
   const int KV = shape_.kv_heads, G = shape_.heads / KV, rows = tokens * G, last = work_.positions.back();
-  const Layer& layer = layers_[s.layer];
   std::vector<std::vector<int32_t>> still_hot(KV);
-  std::vector<Archive::Recalled> gathered(KV);
-  std::vector<char> held(KV, 0);
-  if (!choices.empty()) archive_->expect((s.layer + 1) % shape_.layers);
-  parallel(size_t(KV), [&](size_t kv) {
-    still_hot[kv] = archived_positions(layer.heads[kv]);
-    if (choices.empty()) {
-      held[kv] = archive_->holds(s.layer, int(kv));
-      if (!held[kv])
-        gathered[kv] = archive_->gather(s.layer, int(kv), archive_->recalled(s.layer, int(kv)).blocks);
-      return;
-    }
-    std::vector<int32_t> needed;
-    for (const Choice& choice : choices)
-      if (choice.kv_head == int(kv)) needed.insert(needed.end(), choice.blocks.begin(), choice.blocks.end());
-    std::sort(needed.begin(), needed.end());
-    needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
-    gathered[kv] = archive_->gather(s.layer, int(kv), needed);
-    archive_->note_choice(s.layer, int(kv), needed);
-    if (tokens == 1) archive_->hold(s.layer, int(kv), gathered[kv]);
-  });
-  const size_t tasks = tokens == 1 ? size_t(KV) : choices.size();
-  parallel(size_t(splits) * tasks, [&](size_t index) {
-    const int split = int(index % splits);
-    const size_t number = index / splits;
-    const int kv = tokens == 1 ? int(number) : choices[number].kv_head;
-    const Archive::Recalled& source = held[kv] ? archive_->recalled(s.layer, kv) : gathered[kv];
+  for (int kv = 0; kv < KV; ++kv) still_hot[kv] = archived_positions(layers_[s.layer].heads[kv]);
+  const auto attend = [&](int kv, int split, int first_row, int last_row, const Archive::Recalled& source) {
     std::vector<StoredBlock> blocks;
-    archive_->recalled_blocks(s.layer, kv, last, choices.empty() ? source.blocks : choices[number].blocks, source,
-                              still_hot[kv], blocks);
-    const int first = tokens == 1 ? 0 : choices[number].first * G, end = tokens == 1 ? G : choices[number].last * G;
-    AttentionTask task = task_of(s, kv, split, first, end, rows);
+    archive_->recalled_blocks(s.layer, kv, last, source, still_hot[kv], blocks);
+    AttentionTask task = task_of(s, kv, split, first_row, last_row, rows);
     const int all = int(blocks.size());
     task.blocks = blocks.data() + all * split / splits;
     task.blocks_count = all * (split + 1) / splits - all * split / splits;
@@ -279,7 +252,36 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
     task.resume = true;
     task.normalize = splits == 1;
     active_variant().attend(task);
-    if (task.normalize) copy_rows(task, kv, first, out);
+    if (task.normalize) copy_rows(task, kv, first_row, out);
+  };
+  if (!choices.empty()) archive_->expect((s.layer + 1) % shape_.layers);
+  if (tokens > 1) {  // what a choice recalls from disk is held while it is attended
+    parallel(choices.size() * splits, [&](size_t index) {
+      const Choice& choice = choices[index / splits];
+      attend(choice.kv_head, int(index % splits), choice.first * G, choice.last * G,
+             archive_->gather(s.layer, choice.kv_head, choice.blocks));
+    });
+    for (const Choice& choice : choices)
+      if (choice.last == tokens) archive_->note_choice(s.layer, choice.kv_head, choice.blocks);
+    return;
+  }
+  std::vector<Archive::Recalled> gathered(KV);
+  std::vector<char> held(KV, 0);
+  parallel(size_t(KV), [&](size_t index) {
+    const int kv = int(index);
+    if (!choices.empty()) {
+      gathered[kv] = archive_->gather(s.layer, kv, choices[kv].blocks);
+      archive_->hold(s.layer, kv, gathered[kv]);
+      archive_->note_choice(s.layer, kv, choices[kv].blocks);
+    } else if (archive_->holds(s.layer, kv)) {
+      held[kv] = 1;
+    } else {
+      gathered[kv] = archive_->gather(s.layer, kv, archive_->recalled(s.layer, kv).blocks);
+    }
+  });
+  parallel(size_t(splits) * KV, [&](size_t index) {
+    const int kv = int(index / splits);
+    attend(kv, int(index % splits), 0, G, held[kv] ? archive_->recalled(s.layer, kv) : gathered[kv]);
   });
 }
 

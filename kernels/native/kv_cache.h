@@ -45,7 +45,7 @@ class KVCache {
   void rollback();  // it is not: forget it (a run that was cancelled or failed half-way)
   void forget_from(int position);  // and neither is anything at this position or later
 
-  // Stores all pairs before `until` (a multiple of 64) in the archive: all layers, or, when it fails, none.
+  // Stores all pairs before `until` (a multiple of the archive's step) in the archive: all layers, or, when it fails, none.
   // block_scores [layers, kv_heads, blocks] ranks the blocks of each cell, for codecs of mixed precision; may be null.
   void archive_until(int until, const float* block_scores, const Parallel&);
   int archived_until() const { return archive_ ? archive_->end() : 0; }
@@ -88,8 +88,9 @@ class KVCache {
   friend class CacheState;
   KVCache(const KVCache& other);
   void archive_layer(int layer, int until, const float* block_scores, const Parallel&);
+  std::vector<float> observed_energy(const Layer&, int kv_head) const;
   void return_to_hot(int position);
-  void expect_room(int position, int more) const;
+  void expect_room(int tokens) const;
   int prepare_retain(Head&, const int32_t* kept, int count);
   Page& writable(Head&, int page);
   void truncate(Head&, int tokens);

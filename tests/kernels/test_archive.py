@@ -525,7 +525,7 @@ def test_archive_refuses(until: int) -> None:
     talk.read(300)
     talk.store(192)
     before = state(talk)
-    with pytest.raises(ValueError, match="whole cells of 64|not all tokens before"):
+    with pytest.raises(ValueError, match="whole steps of 64|not all tokens before"):
         talk.cache.archive(until)
     for one, other in zip(state(talk), before, strict=True):
         same(one, other)
