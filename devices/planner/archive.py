@@ -138,7 +138,10 @@ def _pages(tokens: int, split: Split) -> int:
 
 
 def _recall_bytes(cost: ArchiveCost, layers: int, pages: int, split: Split) -> int:
-    """What a chunk's groups of queries recall from disk in one layer, if no two want the same."""
+    """What a chunk's groups of queries recall from disk in one layer, if no two want the same.
+
+    A short chunk has more groups (of 4 queries each), which overlap: 16 of them wanted 1.8 times as much as one.
+    """
     groups = -(-split.chunk // QUERIES_PER_CHOICE)
     tokens = min(groups * split.recall_tokens, pages * ARCHIVE_PAGE_TOKENS)
     return math.ceil(cost.bytes_per_token / layers * tokens)
