@@ -318,7 +318,7 @@ class Model:
             settings,
             hot_tokens=plan.hot_tokens,
             threads=self.options.threads,
-            limit_bytes=plan.kv_limit_bytes,
+            limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=archive,
         )
         context = Context(self, cache, plan, fresh=not (has_document or has_system), has_system=has_system)
@@ -374,7 +374,8 @@ class Model:
     def _plan(self, tokens: int, *, text_bytes: int = 0, longest_tokens: int | None = None) -> Plan:
         self._measure()
         # Forks share the pages of what they were forked from, and its plan.
-        others = sum({id(context.plan): context.plan.kv_ram_bytes for context in self._contexts}.values())
+        plans = {id(context.plan): context.plan for context in self._contexts}.values()
+        others = sum(plan.kv_ram_bytes + plan.fork_bytes for plan in plans)
         settings, policy = self.options.settings, self.options.policy
         costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others, threads=self.options.threads)
         return make_plan(

@@ -98,7 +98,7 @@ class DocumentSnapshots:
             snapshot,
             hot_tokens=plan.hot_tokens,
             threads=self._threads,
-            limit_bytes=plan.kv_limit_bytes,
+            limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=replace(archive, **as_read) if archive else None,
         )
         if cache.total_tokens > match.common_tokens:
