@@ -38,8 +38,8 @@ class CacheShape:
 class KVUsage:
     """Where the pairs of a conversation are now.
 
-    ``hot_bytes``: pages, sinks and what is recalled from disk; ``warm_bytes``, ``cold_bytes``: the archive in memory and
-    on disk; ``digest_bytes``: what finds its blocks; ``lost_tokens``: neither memory nor disk had room for them.
+    ``hot_bytes``: pages, sinks and what is recalled from disk; ``warm_bytes``, ``cold_bytes``: the archive in memory
+    and on disk; ``digest_bytes``: what finds its blocks; ``lost_tokens``: neither memory nor disk had room for them.
     """
 
     hot_bytes: int
@@ -73,8 +73,8 @@ class KVCache:
     """An owned cache: closing it frees its memory at once; a fork shares pages until one of the two writes.
 
     ``hot_tokens`` None keeps everything, until one is set; with it `demote` leaves that many per KV head: the sinks,
-    the window and the best-scored others. With an ``archive`` nothing is forgotten: what `demote` removes is kept there,
-    and recalled when a query needs it.
+    the window and the best-scored others. With an ``archive`` nothing is forgotten: what `demote` removes is kept
+    there, and recalled when a query needs it.
     """
 
     def __init__(

@@ -118,7 +118,7 @@ def attended_pairs(plan: Plan, tokens: int) -> float:
 
 def wanted_tokens(plan: Plan) -> float:
     """Tokens per KV head that a chunk recalls: its choices overlap, the more so the more there are."""
-    return plan.recall_tokens * choices(plan.chunk) ** OVERLAP
+    return float(plan.recall_tokens * choices(plan.chunk) ** OVERLAP)
 
 
 def cold_blocks(plan: Plan, work: Work, tokens: float) -> float:

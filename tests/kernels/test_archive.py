@@ -299,7 +299,8 @@ CODECS = {"f16": (F16, F16), "q8": (Q8, Q8), "mikv": (Q8, Q2), "q4": ((4, 4, Fal
 def test_warm_is_cold_bit_for_bit(codec: str, held: int, tmp_path: Path) -> None:
     high, low = CODECS[codec]
     options = {"high": high, "low": low, "recall_every": 3}
-    cold = {"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED, "held_limit_bytes": held}
+    cold = {"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED}
+    cold["held_limit_bytes"] = held
     warm = Talk(layers=2, archive=options, threads=2)
     cool = Talk(layers=2, archive={**options, **cold}, threads=2)
     half = Talk(layers=2, archive={**options, **cold, "warm_limit_bytes": 40_000}, threads=2)
@@ -544,8 +545,8 @@ def test_archive_needs_the_sinks_and_settings_that_fit() -> None:
             Talk(archive=change)
     with pytest.raises(ValueError, match="no archive"):
         kernels.KVCache(layers=1, heads=1, kv_heads=1, head_size=16).archive(64)
+    talk.read(100)
     with pytest.raises(ValueError, match="block_scores must be"):
-        talk.read(100)
         talk.cache.archive(192, np.zeros((1, 2, 5), np.float32))
 
 
