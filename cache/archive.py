@@ -8,8 +8,6 @@ from .. import kernels
 from .codecs import find_codec
 from .retrievers import find_retriever
 
-CELL_TOKENS = 64
-"""Pairs are archived in steps of so many tokens: a page of the hot tier."""
 BLOCK_TOKENS = 16
 """Pairs are recalled in blocks of so many."""
 
@@ -37,6 +35,11 @@ class ArchiveOptions:
     cold_folder: str = ""
     cold_bytes: int = 0
     held_bytes: int = 0
+
+    @property
+    def step_tokens(self) -> int:
+        """Pairs are archived in steps of so many tokens."""
+        return find_retriever(self.retriever).step_tokens
 
     def native(self, head_size: int) -> dict[str, object]:
         """As `kernels.KVCache` takes them."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from ..errors import StorageError
-from .archive import BLOCK_TOKENS, CELL_TOKENS, ArchiveOptions, round_up
+from ..errors import SnapshotError, StorageError
+from .archive import BLOCK_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
 from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
+from .snapshots.snapshot import Snapshot
+from .snapshots.state import SectionToWrite, layer_sections, restored_native, saved_bytes, total_tokens_of
 
 FULL_MESSAGE = "KV cache needs more than its limit"  # of the native code, which can raise nothing but text
 
@@ -93,17 +96,52 @@ class KVCache:
         self._archive = archive
         self.hot_tokens = hot_tokens
         self.total_tokens = 0
-        self._native = kernels.KVCache(
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_size=shape.head_size,
-            storage=settings.storage,
-            threads=threads,
-            observed_queries=self._scorer.observed_queries,  # kept even with no budget: one may come later
-            limit_bytes=limit_bytes,
-            archive=archive.native(shape.head_size) if archive else None,
-        )
+        self._options: dict[str, Any] = {
+            "layers": shape.layers,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "head_size": shape.head_size,
+            "storage": settings.storage,
+            "threads": threads,
+            "observed_queries": self._scorer.observed_queries,  # kept even with no budget: one may come later
+            "limit_bytes": limit_bytes,
+            "archive": archive.native(shape.head_size) if archive else None,
+        }
+        self._native = kernels.KVCache(**self._options)
+
+    @classmethod
+    def restored(
+        cls,
+        shape: CacheShape,
+        settings: CacheSettings,
+        snapshot: Snapshot,
+        *,
+        hot_tokens: int | None,
+        threads: int = 1,
+        limit_bytes: int = 0,
+        archive: ArchiveOptions | None = None,
+    ) -> KVCache:
+        """The cache whose `sections` and `snapshot_extra` were saved, with the same shape and settings (limits may
+        differ). It goes on exactly as the saved one would have.
+
+        All checksums are checked first. What the archive's ``warm_bytes`` has no room for stays in the snapshot's file,
+        which the cache keeps open and protected from removal; ``snapshot`` itself may be closed.
+
+        Raises:
+            SnapshotError: it is damaged, or of another model or settings.
+            CacheFullError: its hot pages need more than ``limit_bytes``, or the disk failed.
+        """
+        try:
+            cache = cls(
+                shape, settings, hot_tokens=hot_tokens, threads=threads, limit_bytes=limit_bytes, archive=archive
+            )
+            cache.total_tokens = total_tokens_of(snapshot)
+            cache._native = restored_native(snapshot, cache._options, cache.total_tokens)
+        except RuntimeError as error:
+            raise CacheFullError(str(error)) from None
+        except ValueError as error:  # settings that came with the snapshot
+            raise SnapshotError(f"the snapshot {snapshot.path} cannot be used: {error}; remove the file") from None
+        return cache
 
     @property
     def handle(self) -> int:
@@ -113,6 +151,16 @@ class KVCache:
     @property
     def closed(self) -> bool:
         return self._native.closed
+
+    @property
+    def settings(self) -> CacheSettings:
+        """As it was made with."""
+        return self._settings
+
+    @property
+    def archive_options(self) -> ArchiveOptions | None:
+        """As it was made with; None: what leaves the hot tier is forgotten."""
+        return self._archive
 
     @property
     def recalls(self) -> bool:
@@ -144,6 +192,23 @@ class KVCache:
         self._native.forget_from(position)
         self.total_tokens = min(self.total_tokens, position)
 
+    def sections(self) -> list[SectionToWrite]:
+        """What `SnapshotStore.save` writes; made as it is written, in memory for one layer's hot pages. The last run
+        must be committed, and the cache must not change meanwhile.
+
+        Raises:
+            StorageError: pairs were lost to a full disk.
+        """
+        return layer_sections(self._native, self._shape.layers, self._shape.kv_heads)
+
+    def snapshot_bytes(self) -> int:
+        """Bytes of all `sections`. Raises StorageError as they do."""
+        return saved_bytes(self._native, self._shape.layers)
+
+    def snapshot_extra(self) -> dict[str, Any]:
+        """What `restored` wants to find in the snapshot's metadata under ``extra``."""
+        return {"total_tokens": self.total_tokens}
+
     def held_tokens(self) -> int:
         """Tokens per KV head that are in the hot tier now (of the head that holds most)."""
         heads = range(self._shape.kv_heads)
@@ -166,7 +231,7 @@ class KVCache:
     def demote(self, hot_tokens: int | None = None) -> None:
         """Prunes every layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one).
 
-        With an archive up to `CELL_TOKENS` - 1 more stay, and the sinks count although they are kept there.
+        With an archive less than its `step_tokens` more stay, and the sinks count although they are kept there.
 
         Raises:
             CacheFullError: pages are shared with a fork and there is no room for copies; every layer is consistent.
@@ -194,7 +259,7 @@ class KVCache:
         self._native.retain_layer(layer, np.sort(best, axis=1).astype(np.int32))
 
     def _archive_before_window(self, archive: ArchiveOptions, budget: int) -> None:
-        until = (self.total_tokens - archive.window) // CELL_TOKENS * CELL_TOKENS
+        until = (self.total_tokens - archive.window) // archive.step_tokens * archive.step_tokens
         before = self._native.archived_until
         if until <= before or until < archive.sinks:
             return

@@ -7,12 +7,11 @@ from dataclasses import dataclass, fields
 
 from ..devices.sizes import parse_size
 from ..errors import OptionError
+from .codecs import codec_names
+from .retrievers import retriever_names
 from .scorers import scorer_names
 
 STORAGES = ("bf16", "fp32")
-# To be replaced by the names of the registries cache/codecs and cache/retrievers.
-CODECS = ("f16", "q8", "q4", "q2", "kvquant4", "kvquant3", "kvquant2", "mikv")
-RETRIEVERS = ("landmark", "minmax", "centroid", "channels", "none")
 LARGEST_TOKENS = 1 << 31
 
 
@@ -40,7 +39,8 @@ class CacheSettings:
     recall_every: int = 8
 
     def __post_init__(self) -> None:
-        for key, names in (("scorer", scorer_names()), ("codec", CODECS), ("retriever", RETRIEVERS)):
+        retrievers = (*retriever_names(), "none")
+        for key, names in (("scorer", scorer_names()), ("codec", codec_names()), ("retriever", retrievers)):
             value = getattr(self, key)
             if value is not None and value not in names:
                 raise OptionError(f"kv {key}={value!r} is not known; choose one of {', '.join(names)}")

@@ -11,6 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ..cache.codecs import codec_names, find_codec
+from ..cache.retrievers import find_retriever, retriever_names
 from ..cache.scorers import find_scorer, scorer_names
 
 EPILOG = """\b
@@ -34,6 +36,8 @@ class Method(Protocol):
 # kind -> (names, the method of a name, how it is chosen): a new registry is a row here
 REGISTRIES: dict[str, tuple[Callable[[], Iterable[str]], Callable[[str], Method], str]] = {
     "scorer": (scorer_names, find_scorer, "--policy {name}, or --kv scorer={name}"),
+    "codec": (codec_names, find_codec, "--kv codec={name}"),
+    "retriever": (retriever_names, find_retriever, "--kv retriever={name}"),
 }
 
 

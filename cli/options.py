@@ -38,6 +38,7 @@ class CommonOptions:
     device: str
     cache_dir: Path | None
     no_cache: bool
+    cache_limit: int | None
     max_new_tokens: int
     sampling: Mapping[str, Any]
 
@@ -60,6 +61,7 @@ class CommonOptions:
             device=self.device,
             disk=self.disk,
             cache=not self.no_cache,
+            cache_limit=self.cache_limit,
             cache_dir=self.cache_dir,
             progress=progress,
             notice=notice,
@@ -100,8 +102,8 @@ _MODEL_OPTIONS = (
                       "a margin]"),
     disk_option,
     click.option("--policy", metavar="|".join(_POLICIES), default="auto", show_default=True,
-                 help="full keeps every token, auto what fits into the memory; a name keeps what that method "
-                      "finds most important."),
+                 help="full keeps every token as it is; auto encodes the old ones of long texts and recalls what "
+                      "a question needs; a name forgets what that method finds unimportant."),
     click.option("--kv", metavar="KEY=VALUE", multiple=True, callback=key_values,
                  help=f"A setting of the KV cache, repeatable: {_KV_KEYS}."),
     click.option("--threads", type=click.IntRange(1, 1024), metavar="N",
@@ -112,8 +114,10 @@ _MODEL_OPTIONS = (
                  help="Keep models in this folder (else $SATCHEL_CACHE_DIR, else the platform's cache "
                       "folder)."),
     click.option("--no-cache", is_flag=True,
-                 help="Neither use nor write snapshots of what was read. This version writes none yet, so "
-                      "this changes nothing."),
+                 help="Neither use nor write snapshots of what was read."),
+    click.option("--cache-limit", metavar="SIZE", callback=size,
+                 help="What all snapshots together may take on disk; the least recently used go first.  [default: a "
+                      "tenth of what is free, at most 20GB]"),
 )  # fmt: skip
 
 _ANSWER_OPTIONS = (

@@ -20,6 +20,7 @@ from ..errors import ClosedError, ContextLengthError, MemoryLimitError, OptionEr
 from .engine import Cancelled
 from .repetition import goes_in_circles
 from .sampling import Sampler, SamplingOptions
+from .snapshots import DocumentSnapshots
 
 if TYPE_CHECKING:
     from .model import Model
@@ -171,20 +172,29 @@ class Context:
 
     # --- Reading -------------------------------------------------------------------------------------------------
 
-    def prefill(self, ids: Sequence[int], progress: Progress) -> NDArray[np.float32] | None:
+    def prefill(
+        self, ids: Sequence[int], progress: Progress, *, total: int | None = None
+    ) -> NDArray[np.float32] | None:  # fmt: skip
         """Reads ``ids`` chunk by chunk; the logits after the last one (None for no ids). For `Model.read`.
+
+        ``total`` counts what was there before too: for the progress.
 
         Raises Cancelled when `cancel` was called; the cache then holds the whole chunks read so far.
         """
         self._cancel.clear()
-        total, row = len(ids), None
-        progress("reading", 0, total)
-        for first in range(0, total, self.plan.chunk):
+        total = len(ids) if total is None else total
+        row, known = None, total - len(ids)
+        progress("reading", known, total)
+        for first in range(0, len(ids), self.plan.chunk):
             row = self.append(ids[first : first + self.plan.chunk])
-            progress("reading", min(first + self.plan.chunk, total), total)
+            progress("reading", min(known + first + self.plan.chunk, total), total)
         self._cache.demote()  # forks then have room for a question and its answer without touching what is shared
         self._tell_of_loss()
         return row
+
+    def save(self, snapshots: DocumentSnapshots, ids: Sequence[int], names: Sequence[str]) -> None:
+        """Saves what was read, ``ids``. For `Model.read`."""
+        snapshots.save(ids, self._cache, self._cache.settings, self.plan, self._cache.archive_options, names)
 
     def append(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs ``ids`` after what was read so far, pruning first where there is no room; the logits after the last.

@@ -41,7 +41,7 @@ def archive_costs(package: Package, settings: CacheSettings) -> tuple[ArchiveCos
     return tuple(ArchiveCost(name, heads * find_codec(name).bytes_per_token(spec.head_size)) for name in names)
 
 
-def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int) -> Costs:
+def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1) -> Costs:
     """The planner's figures for one conversation with this model."""
     spec = package.spec
     pages = spec.layers * spec.kv_heads
@@ -58,4 +58,5 @@ def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int) -
         digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
         archive=archive_costs(package, settings),
         layers=spec.layers,
+        threads=threads,
     )

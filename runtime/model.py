@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import ArchiveOptions, CacheSettings, KVCache
+from ..cache.retrievers import find_retriever
 from ..cache.scorers import scorer_names
 from ..devices.files.cache_folder import cache_folder, cold_folder
 from ..devices.files.safe_write import make_folder
@@ -31,6 +32,7 @@ from .context import Context
 from .documents import read_documents
 from .engine import Engine
 from .memory import CODECS_OF_CHOICE, costs_of
+from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
 
 DEVICES = ("cpu",)
@@ -100,6 +102,7 @@ class Options:
             window=settings.window if "window" in self.given else None,
             recall_tokens=0 if settings.retriever == "none" else settings.recall_tokens,
             budget_bytes=settings.budget_bytes,
+            step_tokens=find_retriever(settings.retriever).step_tokens,
         )
 
 
@@ -114,12 +117,14 @@ class Model:
         name: str,
         notice: Notice = log_notice,
         cache_dir: Path | None = None,
+        snapshots: DocumentSnapshots | None = None,
     ) -> None:
         self.name = name
         self.options = options
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
+        self._snapshots = snapshots
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
         tokens = package.manifest.tokenizer
         self._template = ChatTemplate(
@@ -188,10 +193,21 @@ class Model:
         read = read_documents(sources)
         for line in read.notices:
             self._notice(line)
-        return self.read_text(read.text, progress=progress, system=system)
+        names = [str(source) for source in sources]
+        return self.read_text(read.text, progress=progress, system=system, names=names)
 
-    def read_text(self, text: str, *, progress: Progress | None = None, system: str | None = None) -> Context:
-        """As `read`, for a text that is at hand. An empty one starts a conversation without a document."""
+    def read_text(
+        self,
+        text: str,
+        *,
+        progress: Progress | None = None,
+        system: str | None = None,
+        names: Sequence[str] = (),
+    ) -> Context:
+        """As `read`, for a text that is at hand. An empty one starts a conversation without a document.
+
+        ``names``: what ``satchel cache list`` shows for it.
+        """
         begun = time.perf_counter()
         if text and not text.strip():
             raise DocumentError("the document has only white space; nothing to read")
@@ -204,9 +220,14 @@ class Model:
             )
         if self._has_run:  # the first document was measured, this one is not
             self._used_bytes += sys.getsizeof(text) + BYTES_PER_ID * len(ids)
-        context = self.open_context(len(ids), has_document=bool(text), has_system=system is not None)
+        context = self.open_context(len(ids), has_document=bool(text), has_system=system is not None, ids=ids)
         try:
-            context.prefill(ids, progress or no_progress)
+            known = context.tokens
+            context.reopened = known > 0
+            if known < len(ids):
+                context.prefill(ids[known:], progress or no_progress, total=len(ids))
+            if self._snapshots is not None and len(ids) - known >= LEAST_TOKENS:
+                context.save(self._snapshots, ids, names)
         except BaseException:
             context.close()
             raise
@@ -276,8 +297,10 @@ class Model:
     def _spelling(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.decode([token], special=True)
 
-    def open_context(self, tokens: int, *, has_document: bool = True, has_system: bool = False) -> Context:
-        """An empty conversation with a plan for ``tokens`` tokens and an answer."""
+    def open_context(
+        self, tokens: int, *, has_document: bool = True, has_system: bool = False, ids: Sequence[int] = ()
+    ) -> Context:
+        """A conversation with a plan for ``tokens`` tokens and an answer: empty, or with what a snapshot has of ``ids``."""
         plan = self._plan(min(tokens + ANSWER_ROOM, self.longest_tokens))
         self._has_run = True
         if plan.codec is not None:
@@ -287,13 +310,16 @@ class Model:
                 f"{format_size(plan.limit_bytes)} of memory: {plan.hot_tokens:,} of {tokens:,} tokens stay hot for "
                 f"each head (policy {self.options.settings.scorer})"
             )
-        cache = KVCache(
+        settings, archive, cache = self.settings_of(plan), self._archive_of(plan), None
+        if self._snapshots is not None and len(ids) >= LEAST_TOKENS:
+            cache = self._snapshots.reopen(ids, self.engine.cache_shape, settings, plan, archive)
+        cache = cache or KVCache(
             self.engine.cache_shape,
-            self.settings_of(plan),
+            settings,
             hot_tokens=plan.hot_tokens,
             threads=self.options.threads,
             limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
-            archive=self._archive_of(plan),
+            archive=archive,
         )
         context = Context(self, cache, plan, fresh=not (has_document or has_system), has_system=has_system)
         self.adopt(context)
@@ -351,7 +377,7 @@ class Model:
         plans = {id(context.plan): context.plan for context in self._contexts}.values()
         others = sum(plan.kv_ram_bytes + plan.fork_bytes for plan in plans)
         settings, policy = self.options.settings, self.options.policy
-        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others)
+        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others, threads=self.options.threads)
         return make_plan(
             costs,
             self.options.memory_bytes,
@@ -381,6 +407,7 @@ def load(
     device: str = "cpu",
     disk: str | int | None = None,
     cache: bool = True,
+    cache_limit: str | int | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], object] | None = None,
@@ -395,7 +422,9 @@ def load(
             ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``.
         threads: None: all cores that this process may use.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
-        cache: reserved for snapshots of read documents, which this version does not write yet.
+        cache: whether to open and save snapshots of read documents: what was read once is not read twice.
+        cache_limit: what all snapshots may take on disk; the least recently used go first. None: a tenth of the disk's
+            free space, at most 20 GB.
         cache_dir: where models and packages lie; None: the platform's cache folder.
         progress: called with (stage, done, total) while a model is fetched or exported.
         notice: called with lines that a person should know; None: the logger ``satchel``.
@@ -404,11 +433,16 @@ def load(
         OptionError: an argument is unknown or out of range.
         ModelError, DownloadError, StorageError: the model cannot be had.
     """
-    del cache
+    limit = None if cache_limit is None else parse_size(cache_limit)
     options = Options.check(memory, policy, kv, threads, device, disk)
     tell = notice or log_notice
     package = resolve_model(
         model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell
     )
     folder = Path(cache_dir) if cache_dir else None
-    return Model(package, options, name=str(model), notice=tell, cache_dir=folder)
+    snapshots = None
+    if cache:
+        snapshots = DocumentSnapshots(
+            package.fingerprint, str(model), cache_dir=folder, limit_bytes=limit, threads=options.threads, notice=tell
+        )
+    return Model(package, options, name=str(model), notice=tell, cache_dir=folder, snapshots=snapshots)

@@ -1,6 +1,6 @@
-"""MiKV (arXiv 2402.18096): what scored high among the demoted gets more bits. 60 bytes a token at D = 64.
+"""MiKV (arXiv 2402.18096): what scored high among the demoted gets more bits. 63 bytes a token at D = 64.
 
-Of every 4 consecutive blocks the one with the highest score is stored as `q8` does, the other three as `q2` does.
+Of every 4 consecutive blocks the one with the highest score is stored as `q8` does, the other three as `grouped2` does.
 Departures: the paper chooses token by token and keeps the important ones in float; here whole blocks are chosen, and
 what matters most is in the hot tier anyway.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ... import kernels
 from .base import Codec
-from .q2 import Q2
+from .grouped import Grouped2
 from .q8 import Q8
 
 
@@ -20,7 +20,7 @@ class MiKV(Codec):
     group_blocks = 4
 
     def low(self, head_size: int) -> kernels.NativeCodec:
-        return Q2().low(head_size)
+        return Grouped2().low(head_size)
 
     def high(self, head_size: int) -> kernels.NativeCodec:
         return Q8().low(head_size)

@@ -1,4 +1,4 @@
-"""Retrievers: which archived blocks a query needs. One file per method; a new one is a file here and a row in the table.
+"""Retrievers: which archived blocks a query needs. One file per method; a new one is a file and a row in the table.
 
 ``find_retriever`` makes one by name; tests/cache/test_retrievers.py runs the same checks over all of them.
 """
@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 from .base import Retriever
+from .centroid import Centroid
+from .channels import Channels
 from .landmark import Landmark
+from .minmax import MinMax
 from .nothing import Nothing
 
-_RETRIEVERS: dict[str, type[Retriever]] = {retriever.name: retriever for retriever in (Landmark, Nothing)}
+_RETRIEVERS: dict[str, type[Retriever]] = {
+    retriever.name: retriever for retriever in (Landmark, MinMax, Centroid, Channels, Nothing)
+}
 
 
 def retriever_names() -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """The mean key of every block of 16 tokens, after RoPE, in 8 bits: 4.25 bytes a token at D = 64.
 
-A query's softmax over all landmarks says how much of its attention each block would get; blocks are chosen for a KV
-head by the largest share that any of its queries gives (a question), or by their sum (a chunk of the document).
+Codes hold the difference to what the mean of all keys would be at the block's place, with one scale for each block.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from .plan import (
 # they cost little memory: those on disk are held for one layer at a time.
 SINKS, WINDOW, RECALL = (16, 64), (128, 512), (768, 1024)
 RUNGS = 16
-QUERIES_PER_CHOICE = 16  # of a chunk: each such group of queries recalls tokens of its own
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,20 @@ class Split:
     window: int
     hot_tokens: int
     recall_tokens: int
+    step_tokens: int = ARCHIVE_STEP
 
     @property
     def capacity_tokens(self) -> int:
         """Hot at once: what has just left the window waits until it can be archived in one step."""
-        return self.hot_tokens + ARCHIVE_STEP - 1 + self.chunk
+        return self.hot_tokens + self.step_tokens - 1 + self.chunk
 
     def fork_bytes(self, costs: Costs) -> int:
         """Hot pages of a fork, beyond what a conversation may hold, once it shares none with what it was forked from.
 
-        That one holds its window and what waits to be archived; the fork as much as it may, and a page that was copied
-        for it. The sinks of both are in the archive. These bytes are of the process, not of one conversation's budget.
+        That one goes on holding its window and what waits to be archived, and there is a page that was copied for the
+        fork. The sinks of both are in the archive. These bytes are of the process, not of one conversation's budget.
         """
-        before = costs.pages(self.hot_tokens - self.sinks + ARCHIVE_STEP - 1)
-        both = before + costs.pages(self.capacity_tokens) + 1
-        return max(both - costs.pages(self.capacity_tokens + self.chunk), 0) * costs.kv_bytes_per_page
+        return (costs.pages(self.hot_tokens - self.sinks + self.step_tokens - 1) + 1) * costs.kv_bytes_per_page
 
 
 @dataclass(frozen=True)
@@ -96,24 +94,24 @@ def archive_needs(costs: Costs, tokens: int, wishes: Wishes, disk_bytes: int) ->
     """What each way to read with an archive takes at least."""
     found = []
     for split in splits(wishes):
-        held = split.capacity_tokens + split.chunk
+        held = split.capacity_tokens
         fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held))
         pages = _pages(tokens, split)
         for cost in costs.archive:
-            for archived in _least_archived(cost, costs.layers, pages, split, disk_bytes):
+            for archived in _least_archived(cost, costs, pages, split, disk_bytes):
                 more = archived + pages * costs.digest_page_bytes
                 found.append(Need(fixed + more + split.fork_bytes(costs), costs.kv_bytes(held) + more))
     return found
 
 
 def _least_archived(
-    cost: ArchiveCost, layers: int, pages: int, split: Split, disk_bytes: int
+    cost: ArchiveCost, costs: Costs, pages: int, split: Split, disk_bytes: int
 ) -> Iterator[int]:  # fmt: skip
     """RAM of the archive alone: all of it there, or as much on disk as may be."""
     yield pages * cost.page_bytes
     cold = min(pages, disk_bytes // cost.page_bytes)
     if cold > 0:
-        yield (pages - cold) * cost.page_bytes + _recall_bytes(cost, layers, pages, split)
+        yield (pages - cold) * cost.page_bytes + _recall_bytes(cost, costs, split)
 
 
 def _rung(share: float, wishes: Wishes) -> Split:
@@ -126,7 +124,7 @@ def _rung(share: float, wishes: Wishes) -> Split:
     if recall is None:
         recall = _between(RECALL, share) // BLOCK_TOKENS * BLOCK_TOKENS
     chunk = wishes.chunk or next((size for size in CHUNKS if size <= hot - sinks), CHUNKS[-1])
-    return Split(chunk, sinks, window, hot, recall)
+    return Split(chunk, sinks, window, hot, recall, wishes.step_tokens)
 
 
 def _between(ends: tuple[int, int], share: float) -> int:
@@ -137,14 +135,9 @@ def _pages(tokens: int, split: Split) -> int:
     return -(-max(tokens - split.hot_tokens, 0) // ARCHIVE_PAGE_TOKENS)
 
 
-def _recall_bytes(cost: ArchiveCost, layers: int, pages: int, split: Split) -> int:
-    """What a chunk's groups of queries recall from disk in one layer, if no two want the same.
-
-    A short chunk has more groups (of 4 queries each), which overlap: 16 of them wanted 1.8 times as much as one.
-    """
-    groups = -(-split.chunk // QUERIES_PER_CHOICE)
-    tokens = min(groups * split.recall_tokens, pages * ARCHIVE_PAGE_TOKENS)
-    return math.ceil(cost.bytes_per_token / layers * tokens)
+def _recall_bytes(cost: ArchiveCost, costs: Costs, split: Split) -> int:
+    """What is recalled from disk at one moment: each thread for one KV head of one layer, or one token for a layer."""
+    return math.ceil(cost.bytes_per_token / costs.layers * split.recall_tokens * costs.threads)
 
 
 def _scored(costs: Costs, split: Split) -> Costs:
@@ -154,7 +147,7 @@ def _scored(costs: Costs, split: Split) -> Costs:
 
 def _left(work: _Work, split: Split, pages: int) -> int:
     """Bytes that are left of the KV cache's room beside the hot pages and the digests."""
-    held, costs = split.capacity_tokens + split.chunk, _scored(work.costs, split)
+    held, costs = split.capacity_tokens, _scored(work.costs, split)
     hot = costs.kv_bytes(held)
     scoring = costs.scoring_bytes_per_token * costs.page_tokens * costs.pages(held)
     room = work.room.beside(costs, split.chunk) - scoring - split.fork_bytes(costs)
@@ -177,7 +170,7 @@ def _on_disk(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
     """As much in RAM as there is room for, the rest on disk."""
 
     def spare(pages: int) -> int:
-        return _left(work, split, pages) - _recall_bytes(cost, work.costs.layers, pages, split)
+        return _left(work, split, pages) - _recall_bytes(cost, work.costs, split)
 
     pages = _pages(work.tokens, split)
     warm = min(spare(pages) // cost.page_bytes, pages)
@@ -193,10 +186,10 @@ def _on_disk(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
 def _plan(
     work: _Work, split: Split, cost: ArchiveCost, placement: Placement, pages: int, *, warm_pages: int
 ) -> Plan:  # fmt: skip
-    costs, held = _scored(work.costs, split), split.capacity_tokens + split.chunk
+    costs, held = _scored(work.costs, split), split.capacity_tokens
     warm, cold = warm_pages * cost.page_bytes, (pages - warm_pages) * cost.page_bytes
     digests = pages * costs.digest_page_bytes
-    recall = _recall_bytes(cost, costs.layers, pages, split) if cold else 0
+    recall = _recall_bytes(cost, costs, split) if cold else 0
     rows = [
         *costs.rows(split.chunk, held),
         (f"archive in RAM ({cost.codec})", warm),

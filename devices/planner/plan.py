@@ -51,6 +51,7 @@ class Costs:
     digest_bytes_per_token: float = 0.0  # of what is archived, in RAM wherever its payload lies
     archive: tuple[ArchiveCost, ...] = ()
     layers: int = 1
+    threads: int = 1
 
     def pages(self, tokens: int) -> int:
         """Pages of one KV head that hold ``tokens``."""
@@ -88,6 +89,7 @@ class Wishes:
     window: int | None = None
     recall_tokens: int | None = None
     budget_bytes: int | None = None
+    step_tokens: int = ARCHIVE_STEP  # of the retriever: tokens that leave the window together
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Plan:
         hot = tokens if self.hot_tokens is None else min(tokens, self.hot_tokens)
         if self.codec is not None:
             hot += ARCHIVE_STEP // 2
-        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + self.chunk)
+        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + (self.chunk if self.codec is None else 0))
         return min(hot_bytes, self.kv_limit_bytes) + self.warm_bytes + self.digest_bytes + self.recall_bytes
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "rotate.h"
 
@@ -16,9 +17,11 @@ const Codec kHalf{};  // 16 bits
 Archive::Archive(const ArchiveSettings& settings, int layers, int kv_heads, int head_size)
     : settings_(settings), head_size_(head_size) {
   if (!settings.high.known() || !settings.low.known()) throw std::invalid_argument("Archive: unknown codec");
+  if (!settings.retriever.known()) throw std::invalid_argument("Archive: unknown retriever");
   if (settings.sinks % kBlockTokens || settings.recall_tokens % kBlockTokens || settings.sinks < 0 ||
       settings.recall_tokens < 0 || settings.recall_every < 1)
     throw std::invalid_argument("Archive: sinks and recall_tokens must be multiples of 16");
+  if (settings.window < 0 || settings.reach < 0) throw std::invalid_argument("Archive: window and reach must not be negative");
   high_bytes_ = block_bytes(settings.high, head_size);
   low_bytes_ = block_bytes(settings.low, head_size);
   half_bytes_ = block_bytes(kHalf, head_size);
@@ -49,40 +52,64 @@ void Archive::calibrate_head(Head& h, const Incoming& in, const RopeTable& rope)
   h.low = {settings_.low, statistics.get(), D};
   h.half = {kHalf, statistics.get(), D};
   h.statistics = std::move(statistics);
-  auto basis = std::make_shared<DigestBasis>();
-  if (settings_.retriever.digest == Digest::kMean) {
-    std::vector<float> mean(D), row(2 * rope.half()), turned(D);
-    for (int t = from; t < tokens; ++t)
-      for (int d = 0; d < D; ++d) mean[d] += in.keys[size_t(t) * D + d] / float(tokens - from);
-    basis->center.assign(size_t(kDigestBlocks) * D, 0);
-    for (int t = 0; t < kDigestTokens; ++t) {
-      rope.at(t, row.data());
-      rotate(mean.data(), row.data(), rope.half(), D, 1.0f, turned.data());
-      for (int d = 0; d < D; ++d) basis->center[size_t(d) * kDigestBlocks + t / kBlockTokens] += turned[d] / kBlockTokens;
+  h.basis = std::make_shared<const DigestBasis>(make_basis(settings_.retriever, D, rope, in.keys.data() + size_t(from) * D,
+                                                           tokens - from, in.query_energy));
+}
+
+// Keys [tokens, D] before RoPE to the frame of their page: rotated by their distance from its first position.
+void Archive::to_frame(const float* keys, int distance, int tokens, const RopeTable& rope, float* framed) const {
+  std::vector<float> row(2 * rope.half());
+  for (int t = 0; t < tokens; ++t) {
+    rope.at(distance + t, row.data());
+    rotate(keys + size_t(t) * head_size_, row.data(), rope.half(), head_size_, 1.0f, framed + size_t(t) * head_size_);
+  }
+}
+
+// A page's digests, to be written: a new page, or a copy of what a fork shares.
+Archive::DigestTile& Archive::own_tile(Head& h, int page) {
+  if (page == int(h.tiles.size())) {
+    h.tiles.push_back(std::make_shared<DigestTile>());
+    h.tiles.back()->data.assign(digest_page_bytes(settings_.retriever, head_size_), 0);
+  } else if (h.tiles[page].use_count() > 1) {
+    h.tiles[page] = std::make_shared<DigestTile>(*h.tiles[page]);
+  }
+  return *h.tiles[page];
+}
+
+// Whole pages whose blocks are to be clusters: their tokens in that order, which the pages' digests keep. Sinks stay.
+Archive::Incoming Archive::group_tokens(Head& h, const Incoming& in, const RopeTable& rope) {
+  const size_t D = head_size_, page_values = kDigestTokens * D;
+  const int first_page = cells_ / (kDigestBlocks / kCellBlocks), pages = int(in.keys.size() / page_values);
+  Incoming out = in;
+  std::vector<float> framed(page_values), grouped(page_values);
+  for (int i = 0; i < pages; ++i) {
+    const int page = first_page + i;
+    const float *keys = in.keys.data() + i * page_values, *values = in.values.data() + i * page_values;
+    to_frame(keys, 0, kDigestTokens, rope, framed.data());
+    DigestTile& tile = own_tile(h, page);
+    tile.order.resize(kDigestTokens);
+    const int sinks = std::min(std::max(settings_.sinks - page * kDigestTokens, 0), kDigestTokens);
+    cluster_page(framed.data(), head_size_, sinks, tile.order.data());
+    if (!out.block_scores.empty()) std::fill_n(out.block_scores.begin() + i * kDigestBlocks, kDigestBlocks, 0.0f);
+    for (int slot = 0; slot < kDigestTokens; ++slot) {
+      const int token = tile.order[slot];
+      std::copy_n(keys + token * D, D, out.keys.data() + i * page_values + slot * D);
+      std::copy_n(values + token * D, D, out.values.data() + i * page_values + slot * D);
+      std::copy_n(framed.data() + token * D, D, grouped.data() + slot * D);
+      if (!out.block_scores.empty())  // of the blocks that a cluster's tokens come from, the mean
+        out.block_scores[i * kDigestBlocks + slot / kBlockTokens] +=
+            in.block_scores[i * kDigestBlocks + token / kBlockTokens] / kBlockTokens;
     }
+    write_clusters(*h.basis, head_size_, grouped.data(), tile.data.data());
   }
-  if (settings_.retriever.digest == Digest::kChannels) {  // the pairs of channels where the keys are largest
-    const int half = D / 2;
-    std::vector<float> energy(half);
-    for (int t = from; t < tokens; ++t)
-      for (int i = 0; i < half; ++i) {
-        const float a = in.keys[size_t(t) * D + i], b = in.keys[size_t(t) * D + half + i];
-        energy[i] += a * a + b * b;
-      }
-    std::vector<int32_t> all(half);
-    for (int i = 0; i < half; ++i) all[i] = i;
-    std::stable_sort(all.begin(), all.end(), [&](int a, int b) { return energy[a] > energy[b]; });
-    all.resize(std::min(half, std::max(1, settings_.retriever.channels)));
-    std::sort(all.begin(), all.end());
-    basis->pairs = std::move(all);
-  }
-  h.basis = std::move(basis);
+  return out;
 }
 
 void Archive::append_head(Head& h, const Incoming& in, int cells, uint8_t* out, const RopeTable& rope) {
   const int D = head_size_;
-  const size_t block_values = size_t(kBlockTokens) * D, digest_bytes = digest_page_bytes(settings_.retriever, D);
-  std::vector<float> framed(block_values), row(2 * rope.half());
+  const size_t block_values = size_t(kBlockTokens) * D;
+  const bool digests = digest_page_bytes(settings_.retriever, D) && !settings_.retriever.clustered();
+  std::vector<float> framed(block_values);
   for (int cell = 0; cell < cells; ++cell) {
     int best = 0;
     if (!in.block_scores.empty()) {
@@ -91,23 +118,15 @@ void Archive::append_head(Head& h, const Incoming& in, int cells, uint8_t* out, 
     }
     h.high_of_cell.push_back(uint8_t(best));
     for (int b = 0; b < kCellBlocks; ++b) {
-      const int block = (cells_ + cell) * kCellBlocks + b, page = block / kDigestBlocks;
+      const int block = (cells_ + cell) * kCellBlocks + b, inside = block % kDigestBlocks;
       const size_t at = size_t(cell * kCellBlocks + b) * block_values;
       const float *keys = in.keys.data() + at, *values = in.values.data() + at;
       uint8_t* to = out + cell * cell_bytes_ + block_at(h, block);
       encode_block(b == best ? settings_.high : settings_.low, *h.statistics, D, keys, values, to);
-      if (!digest_bytes) continue;
-      if (page == int(h.tiles.size())) {
-        h.tiles.push_back(std::make_shared<DigestTile>());
-        h.tiles.back()->data.assign(digest_bytes, 0);
-      } else if (h.tiles[page].use_count() > 1) {  // shared with a fork
-        h.tiles[page] = std::make_shared<DigestTile>(*h.tiles[page]);
-      }
-      for (int t = 0; t < kBlockTokens; ++t) {
-        rope.at(block % kDigestBlocks * kBlockTokens + t, row.data());
-        rotate(keys + size_t(t) * D, row.data(), rope.half(), D, 1.0f, framed.data() + size_t(t) * D);
-      }
-      write_digest(settings_.retriever, *h.basis, D, block % kDigestBlocks, framed.data(), h.tiles[page]->data.data());
+      if (!digests) continue;
+      to_frame(keys, inside * kBlockTokens, kBlockTokens, rope, framed.data());
+      write_digest(settings_.retriever, *h.basis, D, rope.half(), inside, framed.data(),
+                   own_tile(h, block / kDigestBlocks).data.data());
     }
   }
 }
@@ -116,11 +135,12 @@ void Archive::append_layer(int layer_index, const std::vector<Incoming>& heads, 
                            const Parallel& parallel) {
   Layer& layer = layers_[layer_index];
   const int D = head_size_, cells = (until - end_) / kCellTokens;
-  if (cells <= 0 || until % kCellTokens || until < settings_.sinks)
-    throw std::invalid_argument("Archive: pairs come in whole cells, the first with all sinks");
+  if (cells <= 0 || until % step_tokens() || until < settings_.sinks)
+    throw std::invalid_argument("Archive: pairs come in whole steps of " + std::to_string(step_tokens()) +
+                                " tokens, the first with all sinks");
   auto extent = std::make_shared<Extent>();
   extent->first_cell = cells_;
-  extent->cells = cells;
+  extent->cells = extent->row_cells = cells;
   extent->memory.reset(new uint8_t[heads.size() * cells * cell_bytes_]);
   parallel(heads.size(), [&](size_t kv) {
     Head& h = layer.heads[kv];
@@ -132,7 +152,11 @@ void Archive::append_layer(int layer_index, const std::vector<Incoming>& heads, 
         encode_block(kHalf, *h.statistics, D, in.keys.data() + size_t(b) * kBlockTokens * D,
                      in.values.data() + size_t(b) * kBlockTokens * D, h.sinks.data() + b * half_bytes_);
     }
-    append_head(h, in, cells, extent->memory.get() + kv * cells * cell_bytes_, rope);
+    uint8_t* out = extent->memory.get() + kv * cells * cell_bytes_;
+    if (settings_.retriever.clustered())
+      append_head(h, group_tokens(h, in, rope), cells, out, rope);
+    else
+      append_head(h, in, cells, out, rope);
   });
   layer.extents.push_back(std::move(extent));
   spill();
@@ -173,7 +197,8 @@ void Archive::spill() {
 
 void Archive::truncate(int until) {
   if (until >= end_) return;
-  cells_ = until < settings_.sinks ? 0 : until / kCellTokens;
+  cells_ = until / step_tokens() * (step_tokens() / kCellTokens);
+  if (cells_ * kCellTokens < settings_.sinks) cells_ = 0;
   end_ = cells_ * kCellTokens;
   trim();
 }
@@ -188,16 +213,16 @@ void Archive::trim() {
         const int kept = cells_ - tail->first_cell;
         part->first_cell = tail->first_cell;
         part->cells = kept;
-        const size_t row = kept * cell_bytes_;
-        part->memory.reset(new uint8_t[layer.heads.size() * row]);
-        for (size_t kv = 0; kv < layer.heads.size() && !tail->lost(); ++kv) {
-          const uint64_t from = kv * tail->cells * cell_bytes_;
-          if (tail->memory)
-            std::memcpy(part->memory.get() + kv * row, tail->memory.get() + from, row);
-          else
-            tail->file->read(part->memory.get() + kv * row, row, tail->offset + from);
+        part->row_cells = tail->memory ? kept : tail->row_cells;
+        part->file = tail->file;  // from there nothing moves: a document may lie in one extent
+        part->offset = tail->offset;
+        if (tail->memory) {
+          const size_t row = kept * cell_bytes_;
+          part->memory.reset(new uint8_t[layer.heads.size() * row]);
+          for (size_t kv = 0; kv < layer.heads.size(); ++kv)
+            std::memcpy(part->memory.get() + kv * row, tail->memory.get() + tail->place(kv, tail->first_cell, cell_bytes_),
+                        row);
         }
-        if (tail->lost()) part->memory.reset();
         tail = std::move(part);
       }
     }
@@ -205,17 +230,23 @@ void Archive::trim() {
       h.high_of_cell.resize(cells_);
       h.tiles.resize(std::min(h.tiles.size(), size_t(pages())));
       h.recalled = Recalled();
-      if (end_ == 0) h.sinks.clear();
+      if (end_ > 0) continue;
+      h.sinks.clear();
+      h.statistics.reset();  // what comes first next time is measured anew
+      h.basis.reset();
     }
-    layer.chosen_at = -1;
   }
+  forget_choices();
+}
+
+void Archive::forget_choices() {
+  for (Layer& layer : layers_) layer.chosen_at = -1;
 }
 
 void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, uint8_t* out) const {
   const int cell = block / kCellBlocks;
   const Extent& extent = extent_of(layer, cell);
-  const uint64_t at =
-      (uint64_t(kv_head) * extent.cells + (cell - extent.first_cell)) * cell_bytes_ + block_at(h, block);
+  const uint64_t at = extent.place(size_t(kv_head), cell, cell_bytes_) + block_at(h, block);
   if (extent.memory)
     std::memcpy(out, extent.memory.get() + at, bytes_of(h, block));
   else if (extent.file)
@@ -224,28 +255,34 @@ void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, u
     throw std::runtime_error("a block of the KV archive was lost: there was no room for it");
 }
 
-void Archive::read(int layer_index, int kv_head, int from, float* keys, float* values) const {
+void Archive::read(int layer_index, int kv_head, int from, int until, float* keys, float* values) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   const int D = head_size_;
   std::vector<uint8_t> bytes(std::max({high_bytes_, low_bytes_, half_bytes_}));
   std::vector<float> k(size_t(kBlockTokens) * D), v(size_t(kBlockTokens) * D);
-  for (int position = from; position < end_; position += kBlockTokens) {
+  const int whole = settings_.retriever.clustered() ? kDigestTokens : kBlockTokens;  // tokens may lie anywhere in it
+  const int stop = std::min(end_, (until + whole - 1) / whole * whole);
+  for (int position = from / whole * whole; position < stop; position += kBlockTokens) {
     const uint8_t* data = bytes.data();
     const BlockFormat* format = &h.half;
+    const uint8_t* order = nullptr;
+    const int block = position / kBlockTokens, page_at = position / kDigestTokens * kDigestTokens;
     if (position < settings_.sinks) {
-      data = h.sinks.data() + position / kBlockTokens * half_bytes_;
+      data = h.sinks.data() + block * half_bytes_;
     } else {
-      const int block = position / kBlockTokens;
       if (extent_of(layer, block / kCellBlocks).lost())
         std::fill(bytes.begin(), bytes.end(), uint8_t(0));
       else
         fetch(layer, h, kv_head, block, bytes.data());
       format = is_high(h, block) ? &h.high : &h.low;
+      order = order_of(h, block / kDigestBlocks);
     }
     active_variant().decode_block(*format, data, k.data(), v.data());
     for (int t = 0; t < kBlockTokens; ++t) {
-      float *to_keys = keys + size_t(position + t - from) * D, *to_values = values + size_t(position + t - from) * D;
+      const int token = order ? page_at + order[position - page_at + t] : position + t;
+      if (token < from || token >= until) continue;
+      float *to_keys = keys + size_t(token - from) * D, *to_values = values + size_t(token - from) * D;
       for (int d = 0; d < D; ++d) to_keys[d] = k[size_t(d) * kBlockTokens + t];
       std::copy_n(v.data() + size_t(t) * D, D, to_values);
     }
@@ -268,31 +305,53 @@ void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, i
                    std::min(kDigestBlocks, blocks() - page * kDigestBlocks)});
 }
 
+// The sinks and what is recalled may lie beyond `last` when `reach` is too small for them.
+int32_t Archive::seen_until(int32_t last) const {
+  return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kBlockTokens);
+}
+
 bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }
+bool Archive::lost(int cell) const {
+  return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return extent_of(layer, cell).lost(); });
+}
 
 Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vector<int32_t>& chosen) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   Recalled now;
-  now.blocks = chosen;
   size_t cold = 0;
   for (int32_t block : chosen) {
-    const bool in_place = extent_of(layer, block / kCellBlocks).memory != nullptr;
+    const Extent& extent = extent_of(layer, block / kCellBlocks);
+    if (extent.lost()) continue;
+    const bool in_place = extent.memory != nullptr;
+    now.blocks.push_back(block);
     now.at.push_back(in_place ? -1 : int32_t(cold));
     if (!in_place) cold += bytes_of(h, block);
   }
   now.bytes.resize(cold);
   const Recalled& before = h.recalled;
-  for (size_t i = 0; i < chosen.size(); ++i) {
+  for (size_t i = 0; i < now.blocks.size(); ++i) {
     if (now.at[i] < 0) continue;
-    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), chosen[i]) - before.blocks.begin());
-    const bool known = j < before.blocks.size() && before.blocks[j] == chosen[i] && before.at[j] >= 0;
-    if (known && before.at[j] + bytes_of(h, chosen[i]) <= before.bytes.size())
-      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, chosen[i]));
+    const int32_t block = now.blocks[i];
+    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), block) - before.blocks.begin());
+    const bool known = j < before.blocks.size() && before.blocks[j] == block && before.at[j] >= 0;
+    if (known && before.at[j] + bytes_of(h, block) <= before.bytes.size())
+      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, block));
     else
-      fetch(layer, h, kv_head, chosen[i], now.bytes.data() + now.at[i]);
+      fetch(layer, h, kv_head, block, now.bytes.data() + now.at[i]);
   }
   return now;
+}
+
+bool Archive::holds(int layer_index, int kv_head) const {
+  const Layer& layer = layers_[layer_index];
+  const Head& h = layer.heads[kv_head];
+  for (size_t i = 0; i < h.recalled.blocks.size(); ++i) {
+    const int32_t block = h.recalled.blocks[i], at = h.recalled.at[i];
+    if (at < 0 ? !extent_of(layer, block / kCellBlocks).memory : at + bytes_of(h, block) > h.recalled.bytes.size())
+      return false;
+  }
+  return true;
 }
 
 void Archive::note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks) { head(layer, kv_head).expected = blocks; }
@@ -301,8 +360,7 @@ void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
   Recalled& recalled = head(layer, kv_head).recalled;
   recalled = chosen;
   const uint64_t share = settings_.held_limit_bytes / (layers_.size() * layers_[0].heads.size());
-  recalled.complete = chosen.bytes.size() <= share;
-  if (recalled.complete) return;
+  if (chosen.bytes.size() <= share) return;
   size_t kept = 0;  // whole blocks
   for (size_t i = 0; i < chosen.blocks.size(); ++i)
     if (chosen.at[i] >= 0 && chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]) <= share)
@@ -312,7 +370,7 @@ void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
 }
 
 void Archive::expect(int layer_index) const {
-  if (!file_ || !file_->slow()) return;
+  if (!(file_ && file_->slow()) && !(snapshot_ && snapshot_->slow())) return;
   const Layer& layer = layers_[layer_index];
   for (size_t kv = 0; kv < layer.heads.size(); ++kv)
     for (int32_t block : layer.heads[kv].expected) {
@@ -320,41 +378,50 @@ void Archive::expect(int layer_index) const {
       const int cell = block / kCellBlocks;
       const Extent& extent = extent_of(layer, cell);
       if (extent.file)
-        extent.file->expect(extent.offset + (kv * extent.cells + (cell - extent.first_cell)) * cell_bytes_, cell_bytes_);
+        extent.file->expect(extent.offset + extent.place(kv, cell, cell_bytes_), cell_bytes_);
     }
 }
 
-void Archive::sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const {
+void Archive::sink_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
+                          std::vector<StoredBlock>& out) const {
   const Head& h = head(layer, kv_head);
-  for (int at = 0; at < settings_.sinks; at += kBlockTokens)
-    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at, 0, nullptr});
+  for (int at = 0; at < settings_.sinks; at += kBlockTokens) {
+    uint16_t hidden = 0;
+    for (int t = 0; t < kBlockTokens && !hot_positions.empty(); ++t)
+      if (std::binary_search(hot_positions.begin(), hot_positions.end(), at + t)) hidden |= uint16_t(1) << t;
+    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at, hidden, nullptr});
+  }
 }
 
-void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const std::vector<int32_t>& chosen,
-                              const Recalled& source, const std::vector<int32_t>& hot_positions,
-                              std::vector<StoredBlock>& out) const {
+void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const Recalled& source,
+                              const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   int32_t next = first_seen(last) + settings_.sinks;
-  size_t i = 0;
-  for (const int32_t block : chosen) {
-    while (source.blocks[i] != block) ++i;  // both ascend
-    const int position = block * kBlockTokens;
+  for (size_t i = 0; i < source.blocks.size(); ++i) {
+    const int block = source.blocks[i], page = block / kDigestBlocks, position = block * kBlockTokens;
+    const uint8_t* order = order_of(h, page);
+    if (order) order += block % kDigestBlocks * kBlockTokens;
     uint16_t hidden = 0;
-    for (auto p = std::lower_bound(hot_positions.begin(), hot_positions.end(), position);
-         p != hot_positions.end() && *p < position + kBlockTokens; ++p)
-      hidden |= uint16_t(1) << (*p - position);
+    for (int t = 0; t < kBlockTokens && !hot_positions.empty(); ++t) {
+      const int32_t token = order ? page * kDigestTokens + order[t] : position + t;
+      if (std::binary_search(hot_positions.begin(), hot_positions.end(), token)) hidden |= uint16_t(1) << t;
+    }
     const uint8_t* data = nullptr;
     if (source.at[i] >= 0) {
       data = source.bytes.data() + source.at[i];
     } else {
       const int cell = block / kCellBlocks;
       const Extent& extent = extent_of(layer, cell);
-      data = extent.memory.get() + (size_t(kv_head) * extent.cells + (cell - extent.first_cell)) * cell_bytes_ +
-             block_at(h, block);
+      data = extent.memory.get() + extent.place(size_t(kv_head), cell, cell_bytes_) + block_at(h, block);
+    }
+    const BlockFormat* format = is_high(h, block) ? &h.high : &h.low;
+    if (order) {  // tokens of a cluster keep their distances; pages beyond reach lie over one another
+      out.push_back({data, format, seen_position(page, last), hidden, order});
+      continue;
     }
     next = std::max(next, position);
-    out.push_back({data, is_high(h, block) ? &h.high : &h.low, next, hidden, nullptr});
+    out.push_back({data, format, next, hidden, nullptr});
     next += kBlockTokens;
   }
 }

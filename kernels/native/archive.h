@@ -1,7 +1,7 @@
 // What left the hot tier: every pair of the document before the recent window, in blocks of 16 tokens.
 //
-// Pairs come in cells of 64 tokens (4 blocks), as many as a hot page has. A codec stores them in extents, in memory (warm)
-// or in a file (cold); every block has a digest in memory. The sinks (the first tokens) are also kept as half floats, and
+// Pairs come in cells of 64 tokens (4 blocks), as many as a hot page has; where blocks are clusters, in whole digest pages
+// of 256, inside of which tokens change their order. A codec stores them in extents, in memory (warm) or in a file (cold); every block has a digest in memory. The sinks (the first tokens) are also kept as half floats, and
 // attended always. Nothing is ever overwritten: forks share what both had.
 #pragma once
 
@@ -35,12 +35,16 @@ struct ArchiveSettings {
   uint64_t cold_limit_bytes = 0;
 };
 
-// Cells first_cell .. first_cell + cells of all KV heads of a layer: cell c of head h at (h * cells + c) * cell_bytes.
+// Cells first_cell .. first_cell + cells of all KV heads of a layer: cell c of head h at (h * row_cells + c) * cell_bytes.
 struct Extent {
   int first_cell, cells;
+  int row_cells;  // `cells`, or more where the last ones were forgotten
   std::unique_ptr<uint8_t[]> memory;  // or
   std::shared_ptr<FlashFile> file;    // at
   uint64_t offset = 0;
+  uint64_t place(size_t kv_head, int cell, size_t cell_bytes) const {
+    return (uint64_t(kv_head) * row_cells + (cell - first_cell)) * cell_bytes;
+  }
   bool lost() const { return !memory && !file; }  // neither memory nor disk had room
 };
 
@@ -53,19 +57,23 @@ class Archive {
   int end() const { return end_; }  // positions below this are archived
   bool empty() const { return end_ == 0; }
   int blocks() const { return cells_ * kCellBlocks; }
+  // Pairs come in steps of so many tokens.
+  int step_tokens() const { return settings_.retriever.clustered() ? kDigestTokens : kCellTokens; }
 
   struct Incoming {  // the pairs of one KV head at positions end() .. until
     std::vector<float> keys, values;    // [tokens, D], keys before RoPE
     std::vector<float> block_scores;    // [cells, 4] or empty
+    std::vector<float> query_energy;    // [D] mean squares of the queries at hand, or empty: for the digests' basis
   };
-  // Stores one layer's pairs [kv_heads]; all layers must follow before finish_append(until), a multiple of 64.
+  // Stores one layer's pairs [kv_heads]; all layers must follow before finish_append(until), a multiple of step_tokens().
   void append_layer(int layer, const std::vector<Incoming>& heads, int until, const RopeTable& rope, const Parallel&);
   void finish_append(int until);
   void trim();  // forgets what append_layer stored and finish_append has not confirmed
-  // Forgets the cells that hold positions >= until; all of them when it lies among the sinks.
+  // Forgets the steps that hold positions >= until; all of them when it lies among the sinks.
   void truncate(int until);
-  // Decodes positions [from, end()) of a head, from a multiple of 16: keys before RoPE, values [tokens, D].
-  void read(int layer, int kv_head, int from, float* keys, float* values) const;
+  // Decodes positions [from, until) of a head, from a multiple of 16: keys before RoPE, values [tokens, D]. What was lost
+  // reads as the codec's zeros.
+  void read(int layer, int kv_head, int from, int until, float* keys, float* values) const;
 
   // Digest pages of a head, for scoring; `ropes` has one row of 2 * half for each page.
   void digests(int layer, int kv_head, const std::vector<float>& ropes, int half, std::vector<DigestPage>& out) const;
@@ -77,23 +85,32 @@ class Archive {
     std::vector<int32_t> blocks;          // ascending
     std::vector<uint8_t> bytes;           // of those that came from a file, block by block
     std::vector<int32_t> at;              // offset into bytes; -1: read in place; past the end: not held
-    bool complete = true;                 // nothing has to be read again
   };
-  // Blocks (ascending) with the bytes of those that lie in the file, as far as they are not held already.
+  // Blocks (ascending) with the bytes of those that lie in the file, as far as they are not held already. Lost ones are
+  // left out.
   Recalled gather(int layer, int kv_head, const std::vector<int32_t>& chosen) const;
   // Keeps a choice for the decode steps to come, and as many of its bytes as the limit allows for a head.
   void hold(int layer, int kv_head, const Recalled& chosen);
   const Recalled& recalled(int layer, int kv_head) const { return head(layer, kv_head).recalled; }
+  // Whether the choice can be read as it is. Not so when a part is not held, or a fork has moved blocks to the file.
+  bool holds(int layer, int kv_head) const;
   bool available(int layer, int block) const;  // false: its cell was lost
+  bool lost(int cell) const;                   // in any layer
+  void forget_choices();                       // the next query chooses anew
+  // The tokens of a page's slots, as distances from its first position; null: in order.
+  const uint8_t* order(int layer, int kv_head, int page) const { return order_of(head(layer, kv_head), page); }
   // While the device is slow: tells the system which file ranges this layer chose last. The next choice is near it.
   void expect(int layer) const;
   void note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks);
-  // What attention reads, moved inside `reach` of position `last`: the sinks; and `chosen` ones of the blocks in `source`.
-  void sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const;
-  void recalled_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& chosen, const Recalled& source,
+  // What attention reads, moved inside `reach` of position `last`: the sinks, and the blocks in `source`.
+  // `hot_positions` (ascending) are attended in the hot tier: they are hidden here.
+  void sink_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
+                   std::vector<StoredBlock>& out) const;
+  void recalled_blocks(int layer, int kv_head, int32_t last, const Recalled& source,
                        const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const;
   // Where a page is to be scored, seen from a query at `last`.
   int32_t seen_position(int page, int32_t last) const;
+  int32_t seen_until(int32_t last) const;  // all positions that attention sees are below this
 
   size_t sink_bytes() const;
   size_t recalled_bytes() const;
@@ -101,7 +118,9 @@ class Archive {
   uint64_t warm_bytes() const;
   uint64_t cold_bytes() const;
   uint64_t lost_tokens() const;  // of the document, counted once
-  uint64_t flash_bytes_read() const { return file_ ? file_->bytes_read() : 0; }
+  uint64_t flash_bytes_read() const {
+    return (file_ ? file_->bytes_read() : 0) + (snapshot_ ? snapshot_->bytes_read() : 0);
+  }
   int& chosen_at(int layer) { return layers_[layer].chosen_at; }
 
  private:
@@ -133,6 +152,12 @@ class Archive {
   size_t bytes_of(const Head& h, int block) const { return is_high(h, block) ? high_bytes_ : low_bytes_; }
   void calibrate_head(Head&, const Incoming&, const RopeTable&);
   void append_head(Head&, const Incoming&, int cells, uint8_t* out, const RopeTable&);
+  Incoming group_tokens(Head&, const Incoming&, const RopeTable&);
+  void to_frame(const float* keys, int distance, int tokens, const RopeTable&, float* framed) const;
+  DigestTile& own_tile(Head&, int page);
+  static const uint8_t* order_of(const Head& h, int page) {
+    return page < int(h.tiles.size()) && !h.tiles[page]->order.empty() ? h.tiles[page]->order.data() : nullptr;
+  }
   int32_t first_seen(int32_t last) const;  // the position where the sinks lie for a query at `last`
   void fetch(const Layer&, const Head&, int kv_head, int block, uint8_t* out) const;
   void spill();
@@ -142,6 +167,7 @@ class Archive {
   size_t high_bytes_, low_bytes_, half_bytes_, cell_bytes_;
   std::vector<Layer> layers_;
   std::shared_ptr<FlashFile> file_;
+  std::shared_ptr<FlashFile> snapshot_;  // what this archive was restored from
   int cells_ = 0, end_ = 0;
 };
 

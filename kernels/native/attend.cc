@@ -14,7 +14,7 @@ namespace {
 constexpr int kTaskRows = 96;        // query rows of one attention task: a page is converted once for them
 // Neighbouring queries choose blocks together: few of them, so that each finds what it needs. In a long chunk (a document
 // that is read) more share a choice, and every fourth has a vote: a choice costs a pass over all digests.
-constexpr int kLongChunk = 64, kQueriesOfLongChunk = 16, kQueriesOfShortChunk = 4, kVoterStride = 4;
+constexpr int kLongChunk = 48, kQueriesOfLongChunk = 16, kQueriesOfShortChunk = 4, kVoterStride = 4;
 }  // namespace
 
 void KVCache::attend(const AttentionSettings& s, const float* queries, const float* keys, const float* values,
@@ -28,8 +28,8 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
   for (const Head& head : layer.heads)  // pages are skipped by their first and last position
     if (head.tokens && position_of(head, head.tokens - 1) > positions[0])
       throw std::invalid_argument("positions must ascend: the cache holds later ones already");
-  if (positions[0] < archived_until()) throw std::invalid_argument("positions must ascend: the archive holds later ones");
   prepare_rope(s, positions, tokens, frequencies);
+  if (positions[0] < archived_until()) throw std::invalid_argument("positions must ascend: the archive holds later ones");
   const int D = shape_.head_size, KV = shape_.kv_heads, G = shape_.heads / KV, half = s.rope_dims / 2;
   observe(layer, queries, tokens);
   work_.queries.resize(size_t(tokens) * shape_.heads * D);
@@ -114,7 +114,7 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
   std::vector<std::vector<StoredBlock>> sinks(KV);
   for (int kv = 0; kv < KV; ++kv) {
     const Head& head = layer.heads[kv];
-    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), sinks[kv]);
+    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), archived_positions(head), sinks[kv]);
     for (size_t p = 0; p < head.pages.size(); ++p) {
       const Page& page = *head.pages[p];
       pages[kv].push_back({page.keys(), page.values(), page.positions(),
@@ -147,7 +147,7 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
 void KVCache::prepare_archive_rope(const AttentionSettings& s, int last) {
   Workspace& w = work_;
   const int half = s.rope_dims / 2, pages = archive_->pages();
-  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, last + 1);
+  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, archive_->seen_until(last));
   if (w.page_ropes_last == last && w.page_ropes_factor == s.rope_attention_factor &&
       w.page_ropes_frequencies == w.rope_frequencies && w.page_ropes.size() == size_t(pages) * 2 * half)
     return;  // as another layer of this run had it
@@ -216,6 +216,8 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
     active_variant().score({settings.retriever, &archive_->basis(s.layer, choice.kv_head), D, s.rope_dims / 2,
                             queries.data(), voters, seen.data(), int(seen.size()), maxima.data(), weights.data(),
                             votes.data()});
+    for (float& vote : votes)
+      if (vote != vote) vote = 0;  // of keys or queries that are no numbers: what is not ordered cannot be sorted
     choice.blocks = candidates;
     std::nth_element(choice.blocks.begin(), choice.blocks.begin() + wanted, choice.blocks.end(), [&](int32_t a, int32_t b) {
       return votes[a] != votes[b] ? votes[a] > votes[b] : a > b;
@@ -225,44 +227,24 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
   });
 }
 
+// Those hot tokens that the archive has, too.
+std::vector<int32_t> KVCache::archived_positions(const Head& head) const {
+  std::vector<int32_t> positions;
+  for (int t = 0; t < head.tokens && position_of(head, t) < archived_until(); ++t)
+    positions.push_back(position_of(head, t));
+  return positions;
+}
+
 // The queries of a chunk attend to the blocks of their choice; a single query to the blocks that were chosen last.
 void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, const std::vector<Choice>& choices,
                               float* out, const Parallel& parallel) {
   const int KV = shape_.kv_heads, G = shape_.heads / KV, rows = tokens * G, last = work_.positions.back();
-  const Layer& layer = layers_[s.layer];
   std::vector<std::vector<int32_t>> still_hot(KV);
-  std::vector<Archive::Recalled> gathered(KV);
-  if (!choices.empty()) archive_->expect((s.layer + 1) % shape_.layers);
-  parallel(size_t(KV), [&](size_t kv) {
-    const Head& head = layer.heads[kv];
-    for (int t = 0; t < head.tokens && position_of(head, t) < archive_->end(); ++t)
-      still_hot[kv].push_back(position_of(head, t));
-    if (choices.empty()) {
-      if (!archive_->recalled(s.layer, int(kv)).complete)
-        gathered[kv] = archive_->gather(s.layer, int(kv), archive_->recalled(s.layer, int(kv)).blocks);
-      return;
-    }
-    std::vector<int32_t> needed;
-    for (const Choice& choice : choices)
-      if (choice.kv_head == int(kv)) needed.insert(needed.end(), choice.blocks.begin(), choice.blocks.end());
-    std::sort(needed.begin(), needed.end());
-    needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
-    gathered[kv] = archive_->gather(s.layer, int(kv), needed);
-    archive_->note_choice(s.layer, int(kv), needed);
-    if (tokens == 1) archive_->hold(s.layer, int(kv), gathered[kv]);
-  });
-  const size_t tasks = tokens == 1 ? size_t(KV) : choices.size();
-  parallel(size_t(splits) * tasks, [&](size_t index) {
-    const int split = int(index % splits);
-    const size_t number = index / splits;
-    const int kv = tokens == 1 ? int(number) : choices[number].kv_head;
-    const bool held = choices.empty() && archive_->recalled(s.layer, kv).complete;
-    const Archive::Recalled& source = held ? archive_->recalled(s.layer, kv) : gathered[kv];
+  for (int kv = 0; kv < KV; ++kv) still_hot[kv] = archived_positions(layers_[s.layer].heads[kv]);
+  const auto attend = [&](int kv, int split, int first_row, int last_row, const Archive::Recalled& source) {
     std::vector<StoredBlock> blocks;
-    archive_->recalled_blocks(s.layer, kv, last, choices.empty() ? source.blocks : choices[number].blocks, source,
-                              still_hot[kv], blocks);
-    const int first = tokens == 1 ? 0 : choices[number].first * G, end = tokens == 1 ? G : choices[number].last * G;
-    AttentionTask task = task_of(s, kv, split, first, end, rows);
+    archive_->recalled_blocks(s.layer, kv, last, source, still_hot[kv], blocks);
+    AttentionTask task = task_of(s, kv, split, first_row, last_row, rows);
     const int all = int(blocks.size());
     task.blocks = blocks.data() + all * split / splits;
     task.blocks_count = all * (split + 1) / splits - all * split / splits;
@@ -270,7 +252,36 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
     task.resume = true;
     task.normalize = splits == 1;
     active_variant().attend(task);
-    if (task.normalize) copy_rows(task, kv, first, out);
+    if (task.normalize) copy_rows(task, kv, first_row, out);
+  };
+  if (!choices.empty()) archive_->expect((s.layer + 1) % shape_.layers);
+  if (tokens > 1) {  // what a choice recalls from disk is held while it is attended
+    parallel(choices.size() * splits, [&](size_t index) {
+      const Choice& choice = choices[index / splits];
+      attend(choice.kv_head, int(index % splits), choice.first * G, choice.last * G,
+             archive_->gather(s.layer, choice.kv_head, choice.blocks));
+    });
+    for (const Choice& choice : choices)
+      if (choice.last == tokens) archive_->note_choice(s.layer, choice.kv_head, choice.blocks);
+    return;
+  }
+  std::vector<Archive::Recalled> gathered(KV);
+  std::vector<char> held(KV, 0);
+  parallel(size_t(KV), [&](size_t index) {
+    const int kv = int(index);
+    if (!choices.empty()) {
+      gathered[kv] = archive_->gather(s.layer, kv, choices[kv].blocks);
+      archive_->hold(s.layer, kv, gathered[kv]);
+      archive_->note_choice(s.layer, kv, choices[kv].blocks);
+    } else if (archive_->holds(s.layer, kv)) {
+      held[kv] = 1;
+    } else {
+      gathered[kv] = archive_->gather(s.layer, kv, archive_->recalled(s.layer, kv).blocks);
+    }
+  });
+  parallel(size_t(splits) * KV, [&](size_t index) {
+    const int kv = int(index / splits);
+    attend(kv, int(index % splits), 0, G, held[kv] ? archive_->recalled(s.layer, kv) : gathered[kv]);
   });
 }
 

@@ -53,16 +53,16 @@ FlashFile::FlashFile(const std::string& folder, uint64_t limit_bytes) : writable
   if (descriptor_ < 0) throw failure("cannot make a file in " + folder);
 }
 
-FlashFile::FlashFile(const std::string& path) : writable_(false) {
+FlashFile::FlashFile(int descriptor) : writable_(false) {
 #if defined(_WIN32)
-  descriptor_ = _open(path.c_str(), _O_RDONLY | _O_BINARY);
-  if (descriptor_ < 0) throw failure("cannot open " + path);
+  descriptor_ = _dup(descriptor);
+  if (descriptor_ < 0) throw failure("cannot use the snapshot's file");
   end_ = uint64_t(_lseeki64(descriptor_, 0, SEEK_END));
 #else
-  descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  descriptor_ = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+  if (descriptor_ < 0) throw failure("cannot use the snapshot's file");
   struct stat status{};
-  if (descriptor_ < 0 || fstat(descriptor_, &status)) throw failure("cannot open " + path);
-  end_ = uint64_t(status.st_size);
+  if (fstat(descriptor_, &status) == 0) end_ = uint64_t(status.st_size);
 #endif
 }
 

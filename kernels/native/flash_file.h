@@ -13,7 +13,8 @@ class FlashFile {
  public:
   // A new file in `folder` that has no name any more once it is open: nothing is left behind, whatever kills us.
   FlashFile(const std::string& folder, uint64_t limit_bytes);
-  explicit FlashFile(const std::string& path);  // an existing file, to read
+  // An open file, to read: a second descriptor of it, so that its lock is held as long as pages may be read from here.
+  explicit FlashFile(int descriptor);
   ~FlashFile();
   FlashFile(const FlashFile&) = delete;
   FlashFile& operator=(const FlashFile&) = delete;

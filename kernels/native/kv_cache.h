@@ -45,7 +45,7 @@ class KVCache {
   void rollback();  // it is not: forget it (a run that was cancelled or failed half-way)
   void forget_from(int position);  // and neither is anything at this position or later
 
-  // Stores all pairs before `until` (a multiple of 64) in the archive: all layers, or, when it fails, none.
+  // Stores all pairs before `until` (a multiple of the archive's step) in the archive: all layers, or, when it fails, none.
   // block_scores [layers, kv_heads, blocks] ranks the blocks of each cell, for codecs of mixed precision; may be null.
   void archive_until(int until, const float* block_scores, const Parallel&);
   int archived_until() const { return archive_ ? archive_->end() : 0; }
@@ -88,7 +88,9 @@ class KVCache {
   friend class CacheState;
   KVCache(const KVCache& other);
   void archive_layer(int layer, int until, const float* block_scores, const Parallel&);
+  std::vector<float> observed_energy(const Layer&, int kv_head) const;
   void return_to_hot(int position);
+  void expect_room(int tokens) const;
   int prepare_retain(Head&, const int32_t* kept, int count);
   Page& writable(Head&, int page);
   void truncate(Head&, int tokens);
@@ -99,6 +101,7 @@ class KVCache {
   void read_range(const Head&, int first, int count, float* keys, float* values, int32_t* positions) const;
   void prepare_rope(const AttentionSettings&, const int64_t* positions, int tokens, const float* frequencies);
   void observe(Layer&, const float* queries, int tokens);
+  std::vector<int32_t> archived_positions(const Head&) const;
   int splits_for(int rows, bool recall) const;
   AttentionTask task_of(const AttentionSettings&, int kv, int split, int first_row, int last_row, int rows);
   void copy_rows(const AttentionTask&, int kv, int first_row, float* out) const;

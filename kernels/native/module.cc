@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kv_cache.h"
+#include "module_cache.h"
 #include "module_codec.h"
 #include "threads.h"
 #include "variant.h"
@@ -19,72 +20,6 @@ using namespace satchel;
 void bind_entropy(py::module_& m);  // module_entropy.cc
 
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-void expect(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-// The owner of a native cache: closing it frees the memory at once, whatever still holds the handle.
-class CacheHandle {
- public:
-  explicit CacheHandle(std::shared_ptr<KVCache> cache) : cache_(std::move(cache)), id_(register_cache(cache_)) {}
-  ~CacheHandle() { close(); }
-  CacheHandle(const CacheHandle&) = delete;
-  CacheHandle& operator=(const CacheHandle&) = delete;
-  void close() {
-    if (!cache_) return;
-    unregister_cache(id_);
-    cache_.reset();
-  }
-  bool closed() const { return !cache_; }
-  int64_t id() const { return id_; }
-  const std::shared_ptr<KVCache>& shared() const {
-    if (!cache_) throw std::invalid_argument("this KV cache is closed");
-    return cache_;
-  }
-  KVCache& get() const { return *shared(); }
-
- private:
-  std::shared_ptr<KVCache> cache_;
-  int64_t id_;
-};
-
-Storage parse_storage(const std::string& name) {
-  if (name == "fp32") return Storage::kFloat32;
-  if (name == "bf16") return Storage::kBfloat16;
-  throw std::invalid_argument("KV storage '" + name + "' is not one of fp32, bf16");
-}
-
-Codec parse_codec(const py::handle& numbers) {
-  const auto t = numbers.cast<std::tuple<int, int, bool, int, bool>>();
-  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
-}
-
-// From a dict with the fields' names; codecs as (key_bits, value_bits, nonuniform, outliers, grouped).
-std::shared_ptr<const ArchiveSettings> archive_settings(const py::dict& d) {
-  auto s = std::make_shared<ArchiveSettings>();
-  for (const auto& [key, value] : d) {
-    const auto name = key.cast<std::string>();
-    if (name == "high") s->high = parse_codec(value);
-    else if (name == "low") s->low = parse_codec(value);
-    else if (name == "digest") s->retriever.digest = Digest(value.cast<int>());
-    else if (name == "channels") s->retriever.channels = value.cast<int>();
-    else if (name == "sinks") s->sinks = value.cast<int>();
-    else if (name == "recall_tokens") s->recall_tokens = value.cast<int>();
-    else if (name == "recall_every") s->recall_every = value.cast<int>();
-    else if (name == "window") s->window = value.cast<int>();
-    else if (name == "reach") s->reach = value.cast<int>();
-    else if (name == "held_limit_bytes") s->held_limit_bytes = value.cast<uint64_t>();
-    else if (name == "warm_limit_bytes") s->warm_limit_bytes = value.cast<uint64_t>();
-    else if (name == "cold_folder") s->cold_folder = value.cast<std::string>();
-    else if (name == "cold_limit_bytes") s->cold_limit_bytes = value.cast<uint64_t>();
-    else throw std::invalid_argument("the archive has no setting " + name);
-  }
-  return s;
-}
 
 PackedMatrix packed_matrix(const Array<uint8_t>& data, int64_t outputs, int64_t inputs, int bits, int block,
                            bool has_min, float multiplier) {
@@ -156,8 +91,9 @@ PYBIND11_MODULE(_native, m) {
     return out;
   }, py::arg("gate"), py::arg("up"));
 
-  py::class_<CacheHandle>(m, "KVCache")
-      .def(py::init([](int layers, int heads, int kv_heads, int head_size, const std::string& storage, int thread_count,
+  py::class_<CacheHandle> kv(m, "KVCache");
+  bind_state(kv);
+  kv.def(py::init([](int layers, int heads, int kv_heads, int head_size, const std::string& storage, int thread_count,
                        int observed_queries, size_t limit_bytes, const std::optional<py::dict>& archive) {
              return std::make_unique<CacheHandle>(std::make_shared<KVCache>(CacheShape{
                  layers, heads, kv_heads, head_size, parse_storage(storage), thread_count, observed_queries,
@@ -188,7 +124,8 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         cache->archive_until(until, scores, threads(thread_count));
       }, py::arg("until"), py::arg("block_scores") = py::none(), py::arg("threads") = 1,
-         "Stores all pairs before `until` (a multiple of 64) in the archive; they stay hot until drop_archived().")
+         "Stores all pairs before `until` (a multiple of 64; of 256 with clusters) in the archive; they stay hot until "
+         "drop_archived().")
       .def("drop_archived", [](CacheHandle& self) { self.get().drop_archived(); },
            "Forgets in the hot tier what the archive has.")
       .def("archive_usage", [](const CacheHandle& self) {
@@ -209,13 +146,25 @@ PYBIND11_MODULE(_native, m) {
                "no such archive");
         return a->recalled(layer, kv_head).blocks;
       }, py::arg("layer"), py::arg("kv_head"), "Blocks (of 16 tokens) that attention reads from the archive now.")
+      .def("archive_order", [](const CacheHandle& self, int layer, int kv_head) {
+        const Archive* a = self.get().archive();
+        expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
+               "no such archive");
+        py::array_t<int32_t> positions(a->end());
+        for (int slot = 0; slot < a->end(); ++slot) {
+          const uint8_t* order = a->order(layer, kv_head, slot / kDigestTokens);
+          positions.mutable_data()[slot] =
+              order ? slot / kDigestTokens * kDigestTokens + order[slot % kDigestTokens] : slot;
+        }
+        return positions;
+      }, py::arg("layer"), py::arg("kv_head"), "Positions in the order of the blocks: block b has [16 * b, 16 * b + 16).")
       .def("read_archive", [](const CacheHandle& self, int layer, int kv_head) {
         const Archive* a = self.get().archive();
         expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
                "no such archive");
         const py::ssize_t n = a->end(), d = self.get().shape().head_size;
         py::array_t<float> keys({n, d}), values({n, d});
-        a->read(layer, kv_head, 0, keys.mutable_data(), values.mutable_data());
+        a->read(layer, kv_head, 0, a->end(), keys.mutable_data(), values.mutable_data());
         return py::make_tuple(keys, values);
       }, py::arg("layer"), py::arg("kv_head"), "(keys before RoPE [n, D], values [n, D]) of positions 0 .. n, decoded.")
       .def("tokens", [](const CacheHandle& self, int layer, int kv_head) { return self.get().tokens(layer, kv_head); },

@@ -31,41 +31,146 @@ inline void turn_back(const float* x, const float* rope, int half, int head_size
   for (i = 2 * half; i < head_size; ++i) out[i] = x[i];
 }
 
-// The mean keys of a page as floats [D][16].
-inline void widen_means(const uint8_t* page, const DigestBasis& basis, int head_size, float* tile) {
-  const auto* codes = reinterpret_cast<const int8_t*>(page);
+typedef int8_t Codes __attribute__((vector_size(kLanes)));
+typedef uint8_t UnsignedCodes __attribute__((vector_size(kLanes)));
+
+inline Float load_digest(const int8_t* p) {
+  Codes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return to_float(__builtin_convertvector(bytes, Int));
+}
+inline Float load_digest(const uint8_t* p) {
+  UnsignedCodes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return to_float(__builtin_convertvector(bytes, Int));
+}
+
+// One page and the query rows that are scored against it; buffers for at most kScoreRows of them.
+struct PageScore {
+  const ScoreTask& task;
+  const uint8_t* data;
+  const float* queries;  // [rows, D] in the page's frame
+  int rows;
+  float* tile;   // [2 * D][16]
+  float* other;  // [rows, 2 * D]
+  float* out;    // [rows, kPageTokens], of which the first 16 are the blocks' logits
+};
+
+// out[rows][16] = queries[rows, size] . tile[size][16]
+inline void dot_tile(const float* queries, int rows, int size, const float* tile, float* out) {
+  constexpr auto sequence = std::make_integer_sequence<int, kRows>();
+  for (int r = 0; r < rows; r += kRows)
+    row_kernels<float>(std::min(kRows, rows - r), sequence).dot(queries + size_t(r) * size, size, tile, out + r * kPageTokens);
+}
+
+inline void score_means(const PageScore& s) {
+  const int D = s.task.head_size;
+  const auto* codes = reinterpret_cast<const int8_t*>(s.data);
   float scales[kDigestBlocks];
-  std::memcpy(scales, page + size_t(head_size) * kDigestBlocks, sizeof scales);
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  for (int d = 0; d < head_size; ++d)
-    for (int b = 0; b < kDigestBlocks; b += kLanes) {
-      Bytes bytes;
-      std::memcpy(&bytes, codes + d * kDigestBlocks + b, sizeof bytes);
-      const Float code = to_float(__builtin_convertvector(bytes, Int));
-      const size_t at = size_t(d) * kDigestBlocks + b;
-      store(tile + at, code * load(scales + b) + load(basis.center.data() + at));
+  std::memcpy(scales, s.data + size_t(D) * kDigestBlocks, sizeof scales);
+  for (int i = 0; i < D * kDigestBlocks; i += kLanes)
+    store(s.tile + i, load_digest(codes + i) * load(scales + i % kDigestBlocks) + load(s.task.basis->center.data() + i));
+  dot_tile(s.queries, s.rows, D, s.tile, s.out);
+}
+
+inline void score_clusters(const PageScore& s) {
+  const int D = s.task.head_size;
+  const auto* codes = reinterpret_cast<const int8_t*>(s.data);
+  float offsets[kMaxHeadSize], scales[kMaxHeadSize];
+  for (int d = 0; d < D; d += kLanes) {
+    uint16_t halves[2 * kLanes];
+    std::memcpy(halves, s.data + size_t(D) * kDigestBlocks + d * sizeof(uint16_t), kLanes * sizeof(uint16_t));
+    std::memcpy(halves + kLanes, s.data + size_t(D) * kDigestBlocks + (D + d) * sizeof(uint16_t),
+                kLanes * sizeof(uint16_t));
+    store(offsets + d, load_half(halves));
+    store(scales + d, load_half(halves + kLanes));
+  }
+  for (int d = 0; d < D; ++d) {
+    const float offset = offsets[d] + s.task.basis->center[size_t(d) * kDigestBlocks];
+    for (int b = 0; b < kDigestBlocks; b += kLanes)
+      store(s.tile + d * kDigestBlocks + b, load_digest(codes + d * kDigestBlocks + b) * scales[d] + offset);
+  }
+  dot_tile(s.queries, s.rows, D, s.tile, s.out);
+}
+
+// The sum over channels of max(q * least, q * most) is q . middle + |q| . half the distance.
+inline void score_bounds(const PageScore& s) {
+  const int D = s.task.head_size, size = D * kDigestBlocks;
+  float offsets[kDigestBlocks], scales[kDigestBlocks];
+  std::memcpy(offsets, s.data + 2 * size, sizeof offsets);
+  std::memcpy(scales, s.data + 2 * size + sizeof offsets, sizeof scales);
+  for (int i = 0; i < size; i += kLanes) {
+    const Float least = load_digest(s.data + i), most = load_digest(s.data + size + i);
+    const Float half_scale = load(scales + i % kDigestBlocks) * 0.5f;
+    store(s.tile + i, (least + most) * half_scale + load(offsets + i % kDigestBlocks) +
+                          load(s.task.basis->center.data() + i));
+    store(s.tile + size + i, (most - least) * half_scale);
+  }
+  for (int r = 0; r < s.rows; ++r)
+    for (int d = 0; d < D; d += kLanes) {
+      const Float q = load(s.queries + size_t(r) * D + d);
+      store(s.other + size_t(r) * 2 * D + d, q);
+      store(s.other + size_t(r) * 2 * D + D + d, max(q, -q));
     }
+  dot_tile(s.other, s.rows, 2 * D, s.tile, s.out);
+}
+
+// What the mean of all keys gives, and the log of the mean of exp over the tokens of what their chosen channels add.
+inline void score_channels(const PageScore& s) {
+  const int D = s.task.head_size, half = s.task.half, count = int(s.task.basis->pairs.size());
+  const auto* codes = reinterpret_cast<const int8_t*>(s.data);
+  const uint8_t* scales_at = s.data + size_t(kDigestTokens) * 2 * count;
+  dot_tile(s.queries, s.rows, D, s.task.basis->center.data(), s.out);
+  for (int r = 0; r < s.rows; ++r)
+    for (int i = 0; i < count; ++i) {
+      const int pair = s.task.basis->pairs[i];
+      s.other[size_t(r) * 2 * count + i] = s.queries[size_t(r) * D + first_channel(pair, half)];
+      s.other[size_t(r) * 2 * count + count + i] = s.queries[size_t(r) * D + second_channel(pair, half)];
+    }
+  for (int block = 0; block < kDigestBlocks; ++block) {
+    uint16_t halves[kBlockTokens];
+    float scales[kBlockTokens];
+    std::memcpy(halves, scales_at + block * sizeof halves, sizeof halves);
+    for (int t = 0; t < kBlockTokens; t += kLanes) store(scales + t, load_half(halves + t));
+    const int8_t* of_block = codes + size_t(block) * 2 * count * kBlockTokens;
+    for (int i = 0; i < 2 * count * kBlockTokens; i += kLanes)
+      store(s.tile + i, load_digest(of_block + i) * load(scales + i % kBlockTokens));
+    dot_tile(s.other, s.rows, 2 * count, s.tile, s.out + kTile);
+    for (int r = 0; r < s.rows; ++r) {
+      const float* tokens = s.out + r * kPageTokens + kTile;
+      Float peaks = load(tokens), sums{};
+      for (int t = kLanes; t < kBlockTokens; t += kLanes) peaks = max(peaks, load(tokens + t));
+      const float peak = largest(peaks);
+      for (int t = 0; t < kBlockTokens; t += kLanes) sums += exp(load(tokens + t) - peak);
+      s.out[r * kPageTokens + block] += peak + std::log(sum(sums) / kBlockTokens);
+    }
+  }
 }
 
 // logits [rows][pages * 16] of one group of rows.
-inline void score_pages(const ScoreTask& task, int first, int rows, float* turned, float* tile, float* logits) {
+inline void score_pages(const ScoreTask& task, int first, int rows, float* scratch, float* logits) {
   const int D = task.head_size;
   const size_t stride = size_t(task.page_count) * kDigestBlocks;
-  float out[kRows * kPageTokens];
-  constexpr auto sequence = std::make_integer_sequence<int, kRows>();
+  float* turned = scratch;
+  float* tile = turned + size_t(kScoreRows) * D;
+  float* other = tile + size_t(2 * D) * kDigestBlocks;
+  float out[kScoreRows * kPageTokens];
   for (int p = 0; p < task.page_count; ++p) {
     const DigestPage& page = task.pages[p];
-    widen_means(page.data, *task.basis, D, tile);
     for (int r = 0; r < rows; ++r)
       turn_back(task.queries + size_t(first + r) * D, page.rope, task.half, D, turned + size_t(r) * D);
-    for (int r = 0; r < rows; r += kRows) {
-      const int n = std::min(kRows, rows - r);
-      row_kernels<float>(n, sequence).dot(turned + size_t(r) * D, D, tile, out);
-      for (int i = 0; i < n; ++i) {
-        float* to = logits + (r + i) * stride + size_t(p) * kDigestBlocks;
-        std::memcpy(to, out + i * kPageTokens, kDigestBlocks * sizeof(float));
-        std::fill(to + page.blocks, to + kDigestBlocks, kHidden);
-      }
+    const PageScore score{task, page.data, turned, rows, tile, other, out};
+    switch (task.retriever.digest) {
+      case Digest::kMean: score_means(score); break;
+      case Digest::kMinMax: score_bounds(score); break;
+      case Digest::kChannels: score_channels(score); break;
+      case Digest::kCluster: score_clusters(score); break;
+      case Digest::kNone: std::fill_n(out, kScoreRows * kPageTokens, 0.0f); break;
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* to = logits + r * stride + size_t(p) * kDigestBlocks;
+      std::memcpy(to, out + r * kPageTokens, kDigestBlocks * sizeof(float));
+      std::fill(to + page.blocks, to + kDigestBlocks, kHidden);
     }
   }
 }
@@ -92,10 +197,10 @@ inline void vote(const ScoreTask& task, int row, float* logits) {
 void score(const ScoreTask& task) {
   const int D = task.head_size;
   const size_t stride = size_t(task.page_count) * kDigestBlocks;
-  std::vector<float> turned(size_t(kScoreRows) * D), tile(size_t(D) * kDigestBlocks), logits(kScoreRows * stride);
+  std::vector<float> scratch(size_t(kScoreRows) * 3 * D + size_t(2 * D) * kDigestBlocks), logits(kScoreRows * stride);
   for (int first = 0; first < task.rows; first += kScoreRows) {
     const int rows = std::min(kScoreRows, task.rows - first);
-    score_pages(task, first, rows, turned.data(), tile.data(), logits.data());
+    score_pages(task, first, rows, scratch.data(), logits.data());
     for (int r = 0; r < rows; ++r) vote(task, first + r, logits.data() + r * stride);
   }
 }

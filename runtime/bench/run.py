@@ -13,7 +13,7 @@ from ...errors import ContextLengthError, ModelError, OptionError
 from ...export.hub.download import fetch
 from ...export.package import Package
 from ...export.resolve import resolve_model
-from ..model import Options
+from ..model import MOST_TOKENS, Options
 from ..tokenizer import Tokenizer
 from .compare import Measure, Report, Side, compare
 from .process import run_worker
@@ -89,11 +89,12 @@ def prepare(
         raise OptionError(f"context is {context} and runs is {runs}; give 1 or more of each")
     theirs = None if against is None else peer_file(against, model, cache_dir, progress, notice)
     package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice)
-    room = package.spec.context_length - DECODE_TOKENS
+    longest = MOST_TOKENS if options.recalls and theirs is None else package.spec.context_length
+    room = longest - DECODE_TOKENS
     if context > room:
         raise ContextLengthError(
             f"--context {context:,} and {DECODE_TOKENS} tokens to decode are more than the "
-            f"{package.spec.context_length:,} tokens that the model {model} reads; "
+            f"{longest:,} tokens that the model {model} reads; "
             f"give {max(room, 0):,} or less"
         )
     made = make_text(Tokenizer.open(package.folder, package.manifest.tokenizer), context, text)

@@ -21,7 +21,7 @@ class SatchelEngine:
     def __init__(self, job: dict[str, Any], notice: Callable[[str], object]) -> None:
         options = job["options"]
         given = {key: options[key] for key in OPTIONS}
-        self._model = load(options["model"], threads=job["threads"], notice=notice, **given)
+        self._model = load(options["model"], threads=job["threads"], cache=False, notice=notice, **given)
         self._context = self._model.open_context(len(job["ids"]))
 
     def prefill(
@@ -35,7 +35,8 @@ class SatchelEngine:
         return self._context.append([token])
 
     def kv_bytes(self) -> int:
-        return sum(size for name, size in self._context.kv.items() if name.endswith("_bytes"))
+        kv = self._context.kv
+        return kv["hot_bytes"] + kv["warm_bytes"] + kv["digest_bytes"]
 
     def settings(self) -> dict[str, Any]:
         plan, cache = self._context.plan, self._model.options.settings
@@ -45,8 +46,10 @@ class SatchelEngine:
             "hot_tokens": plan.hot_tokens,
             "storage": cache.storage,
             "chunk": plan.chunk,
-            "sinks": cache.sinks,
-            "window": cache.window,
+            "sinks": cache.sinks if plan.sinks is None else plan.sinks,
+            "window": cache.window if plan.window is None else plan.window,
+            "codec": plan.codec,
+            "recall_tokens": plan.recall_tokens,
             "memory_bytes": plan.limit_bytes,
             "simd": kernels.active_variant(),
         }

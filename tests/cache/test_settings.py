@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from satchel.cache import CacheSettings
+from satchel.cache.codecs import codec_names
+from satchel.cache.retrievers import retriever_names
 from satchel.cache.scorers import scorer_names
-from satchel.cache.settings import CODECS, RETRIEVERS
 from satchel.errors import OptionError
 
 
@@ -42,7 +43,7 @@ def test_every_scorer_can_be_chosen(scorer: str) -> None:
         ({"Window": 1}, "'Window' is not known"),
         ({"": 1}, "'' is not known"),
         ({"scorer": "h2o"}, f"scorer='h2o' is not known; choose one of {', '.join(scorer_names())}"),
-        ({"codec": "q5"}, "codec='q5' is not known; choose one of f16, q8, q4, q2, kvquant4"),
+        ({"codec": "q5"}, "codec='q5' is not known; choose one of f16, q8, q4, q2, grouped4"),
         ({"retriever": "Landmark"}, "retriever='Landmark' is not known; choose one of landmark, minmax, centroid"),
         ({"recall_tokens": -1}, "recall_tokens=-1 is not a number of tokens; give a whole number, 0 or more"),
         ({"recall_every": 0}, "recall_every=0 is not a number of tokens; give a whole number, 1 or more"),
@@ -82,7 +83,7 @@ def test_a_budget_is_a_size(text: str | int) -> None:
     assert CacheSettings.parse({"budget_bytes": text}).budget_bytes == 12_000_000
 
 
-@pytest.mark.parametrize(("key", "names"), [("codec", CODECS), ("retriever", RETRIEVERS)])
+@pytest.mark.parametrize(("key", "names"), [("codec", codec_names()), ("retriever", (*retriever_names(), "none"))])
 def test_every_name_can_be_chosen(key: str, names: tuple[str, ...]) -> None:
     for name in names:
         assert getattr(CacheSettings.parse({key: name}), key) == name

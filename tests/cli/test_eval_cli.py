@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from satchel.cache.codecs import codec_names
+from satchel.cache.retrievers import retriever_names
 from satchel.cache.scorers import scorer_names
 
 
@@ -70,9 +72,10 @@ def test_a_run_and_the_same_again(satchel: Any, tiny: Path, tmp_path: Path) -> N
     assert found["sides"]["recency"]["kv_bytes"] < found["sides"]["full"]["kv_bytes"]
 
 
-def test_methods_lists_every_scorer_with_its_paper(satchel: Any) -> None:
+def test_methods_lists_every_method_with_its_paper(satchel: Any) -> None:
     rows = json.loads(satchel("methods", "--json").stdout)
-    assert [row["name"] for row in rows if row["kind"] == "scorer"] == list(scorer_names())
-    assert all("arXiv" in row["paper"] for row in rows)
+    for kind, names in (("scorer", scorer_names()), ("codec", codec_names()), ("retriever", retriever_names())):
+        assert [row["name"] for row in rows if row["kind"] == kind] == list(names)
+    assert all("arXiv" in row["paper"] for row in rows if row["name"] != "f16")
     table = satchel("methods").stdout
     assert all(row["name"] in table and row["paper"] in table for row in rows)

@@ -1,0 +1,87 @@
+// What the Python faces of the KV cache share: the owner of a native cache, and how its settings come in.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "kv_cache.h"
+
+namespace satchel {
+
+namespace py = pybind11;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+inline void expect(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// The owner of a native cache: closing it frees the memory at once, whatever still holds the handle.
+class CacheHandle {
+ public:
+  explicit CacheHandle(std::shared_ptr<KVCache> cache) : cache_(std::move(cache)), id_(register_cache(cache_)) {}
+  ~CacheHandle() { close(); }
+  CacheHandle(const CacheHandle&) = delete;
+  CacheHandle& operator=(const CacheHandle&) = delete;
+  void close() {
+    if (!cache_) return;
+    unregister_cache(id_);
+    cache_.reset();
+  }
+  bool closed() const { return !cache_; }
+  int64_t id() const { return id_; }
+  const std::shared_ptr<KVCache>& shared() const {
+    if (!cache_) throw std::invalid_argument("this KV cache is closed");
+    return cache_;
+  }
+  KVCache& get() const { return *shared(); }
+
+ private:
+  std::shared_ptr<KVCache> cache_;
+  int64_t id_;
+};
+
+inline Storage parse_storage(const std::string& name) {
+  if (name == "fp32") return Storage::kFloat32;
+  if (name == "bf16") return Storage::kBfloat16;
+  throw std::invalid_argument("KV storage '" + name + "' is not one of fp32, bf16");
+}
+
+inline Codec parse_codec(const py::handle& numbers) {
+  const auto t = numbers.cast<std::tuple<int, int, bool, int, bool>>();
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+}
+
+// From a dict with the fields' names; codecs as (key_bits, value_bits, nonuniform, outliers, grouped).
+inline std::shared_ptr<const ArchiveSettings> archive_settings(const py::dict& d) {
+  auto s = std::make_shared<ArchiveSettings>();
+  for (const auto& [key, value] : d) {
+    const auto name = key.cast<std::string>();
+    if (name == "high") s->high = parse_codec(value);
+    else if (name == "low") s->low = parse_codec(value);
+    else if (name == "digest") s->retriever.digest = Digest(value.cast<int>());
+    else if (name == "channels") s->retriever.channels = value.cast<int>();
+    else if (name == "sinks") s->sinks = value.cast<int>();
+    else if (name == "recall_tokens") s->recall_tokens = value.cast<int>();
+    else if (name == "recall_every") s->recall_every = value.cast<int>();
+    else if (name == "window") s->window = value.cast<int>();
+    else if (name == "reach") s->reach = value.cast<int>();
+    else if (name == "held_limit_bytes") s->held_limit_bytes = value.cast<uint64_t>();
+    else if (name == "warm_limit_bytes") s->warm_limit_bytes = value.cast<uint64_t>();
+    else if (name == "cold_folder") s->cold_folder = value.cast<std::string>();
+    else if (name == "cold_limit_bytes") s->cold_limit_bytes = value.cast<uint64_t>();
+    else throw std::invalid_argument("the archive has no setting " + name);
+  }
+  return s;
+}
+
+void bind_state(py::class_<CacheHandle>&);  // module_state.cc
+
+}  // namespace satchel

@@ -1,0 +1,404 @@
+#include "state.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace satchel {
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "blobs are little-endian, and written as they lie in memory"
+#endif
+
+namespace {
+
+constexpr uint32_t kVersion = 1;
+
+[[noreturn]] void damaged(const std::string& what) {
+  throw std::invalid_argument("a saved KV cache does not fit or is damaged: " + what);
+}
+
+size_t side_bytes(const CacheShape& s) { return size_t(kPageTokens) * s.head_size * element_bytes(s.storage); }
+
+// Zeros in the slots that hold no token: what was forgotten is not saved, and no NaN comes in.
+void clear_unused(const CacheShape& s, int tokens, uint8_t* keys, uint8_t* values) {
+  const size_t element = element_bytes(s.storage), D = size_t(s.head_size);
+  for (int slot = tokens; slot < kPageTokens; ++slot)
+    for (size_t d = 0; d < D; ++d)
+      std::memset(keys + (size_t(slot / 16) * 16 * D + d * 16 + slot % 16) * element, 0, element);
+  std::memset(values + tokens * D * element, 0, (kPageTokens - tokens) * D * element);
+}
+
+// The settings that the bytes of an archive depend on.
+struct ArchiveNumbers {
+  int32_t numbers[13];
+};
+ArchiveNumbers numbers_of(const ArchiveSettings& s) {
+  ArchiveNumbers n{};
+  int at = 0;
+  for (const Codec* c : {&s.high, &s.low})
+    for (int number : {c->key_bits, c->value_bits, int(c->nonuniform), c->outliers, int(c->grouped)})
+      n.numbers[at++] = number;
+  n.numbers[at++] = int(s.retriever.digest);
+  n.numbers[at++] = s.retriever.channels;
+  n.numbers[at] = s.sinks;
+  return n;
+}
+
+}  // namespace
+
+// Counts bytes, and writes them when there is a place to.
+class CacheState::Writer {
+ public:
+  explicit Writer(uint8_t* to) : to_(to) {}
+  void put(const void* data, size_t bytes) {
+    if (to_ && bytes) std::memcpy(to_ + size_, data, bytes);
+    size_ += bytes;
+  }
+  void number(uint32_t x) { put(&x, sizeof x); }
+  template <class T>
+  void array(const std::vector<T>& v) { put(v.data(), v.size() * sizeof(T)); }
+  void pad() { size_t rest = -size_ % 4; put("\0\0\0", rest); }
+  uint8_t* reserve(size_t bytes) {  // null when only counting
+    uint8_t* at = to_ ? to_ + size_ : nullptr;
+    size_ += bytes;
+    return at;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  uint8_t* to_;
+  size_t size_ = 0;
+};
+
+class CacheState::Reader {
+ public:
+  Reader(const uint8_t* data, size_t bytes) : data_(data), bytes_(bytes) {}
+  const uint8_t* take(uint64_t bytes) {
+    if (bytes > bytes_ - at_) damaged("it is cut short");
+    at_ += size_t(bytes);
+    return data_ + at_ - bytes;
+  }
+  uint32_t number() {
+    uint32_t x;
+    std::memcpy(&x, take(sizeof x), sizeof x);
+    return x;
+  }
+  template <class T>
+  std::vector<T> array(uint64_t count) {  // of 4-byte numbers, fewer than 2^61
+    const uint8_t* from = take(count * sizeof(T));
+    std::vector<T> v(static_cast<size_t>(count));
+    if (count) std::memcpy(v.data(), from, size_t(count) * sizeof(T));
+    return v;
+  }
+  // Positions or indices that ascend, all in [least, end).
+  std::vector<int32_t> ascending(uint64_t count, int64_t least, int64_t end, const char* what) {
+    std::vector<int32_t> v = array<int32_t>(count);
+    for (int32_t x : v) {
+      if (x < least || x >= end) damaged(std::string(what) + " are out of order or range");
+      least = int64_t(x) + 1;
+    }
+    return v;
+  }
+  std::vector<float> finite(uint64_t count, const char* what) {
+    std::vector<float> v = array<float>(count);
+    for (float x : v)
+      if (!std::isfinite(x)) damaged(std::string(what) + " are no numbers");
+    return v;
+  }
+  void skip_pad() {
+    for (; at_ % 4; ++at_)
+      if (at_ >= bytes_ || data_[at_]) damaged("its padding");
+  }
+  void end() const {
+    if (at_ != bytes_) damaged("it has bytes left over");
+  }
+
+ private:
+  const uint8_t* data_;
+  size_t bytes_, at_ = 0;
+};
+
+// --- Saving ----------------------------------------------------------------------------------------------------------
+
+size_t CacheState::layer_bytes(const KVCache& cache, int layer) {
+  Writer count(nullptr);
+  write_layer(cache, layer, count);
+  return count.size();
+}
+
+void CacheState::save_layer(const KVCache& cache, int layer, uint8_t* out) {
+  Writer writer(out);
+  write_layer(cache, layer, writer);
+}
+
+void CacheState::write_layer(const KVCache& cache, int layer_index, Writer& w) {
+  const CacheShape& s = cache.shape_;
+  const KVCache::Layer& layer = cache.layers_.at(layer_index);
+  for (const KVCache::Head& head : layer.heads) {
+    if (head.tokens != head.committed || layer.observing)
+      throw std::invalid_argument("commit or roll back the last run before the KV cache is saved");
+    if (head.tokens != layer.heads[0].tokens)
+      throw std::invalid_argument("the heads of a layer that is saved must hold equally many tokens");
+  }
+  const Archive* archive = cache.archive_.get();
+  const Archive::Layer* archived = archive ? &archive->layers_[layer_index] : nullptr;
+  const bool chosen = archived && archived->chosen_at >= 0;
+  w.number(kVersion);
+  for (int number : {s.heads, s.kv_heads, s.head_size, int(s.storage), layer.heads[0].tokens,
+                     int(layer.observed_positions.size()), int(layer.frequencies.size())})
+    w.number(uint32_t(number));
+  w.put(&layer.attention_factor, sizeof(float));
+  w.number(archive ? 1 : 0);
+  if (archive) {
+    const ArchiveNumbers settings = numbers_of(archive->settings_);
+    w.put(&settings, sizeof settings);
+    w.number(uint32_t(archive->end_));
+    w.number(archived->heads[0].statistics ? 1 : 0);
+    w.number(chosen ? uint32_t(archived->chosen_at) : UINT32_MAX);
+  }
+  w.array(layer.frequencies);
+  w.array(layer.observed_positions);
+  w.array(layer.observed);
+  for (size_t kv = 0; kv < layer.heads.size(); ++kv) {
+    write_pages(cache, layer.heads[kv], w);
+    if (archived && archived->heads[kv].statistics) write_head(*archive, archived->heads[kv], chosen, w);
+  }
+}
+
+void CacheState::write_pages(const KVCache& cache, const KVCache::Head& head, Writer& w) {
+  const size_t side = side_bytes(cache.shape_);
+  for (size_t p = 0; p < head.pages.size(); ++p)
+    w.put(head.pages[p]->positions(), std::min(kPageTokens, head.tokens - int(p) * kPageTokens) * sizeof(int32_t));
+  for (size_t p = 0; p < head.pages.size(); ++p) {
+    const int tokens = std::min(kPageTokens, head.tokens - int(p) * kPageTokens);
+    uint8_t* to = w.reserve(2 * side);
+    if (!to) continue;
+    std::memcpy(to, head.pages[p]->keys(), side);
+    std::memcpy(to + side, head.pages[p]->values(), side);
+    clear_unused(cache.shape_, tokens, to, to + side);
+  }
+}
+
+void CacheState::write_head(const Archive& archive, const Archive::Head& h, bool chosen, Writer& w) {
+  const HeadStatistics& s = *h.statistics;
+  for (const auto* values : {&s.key_center, &s.key_spread, &s.value_center, &s.value_spread}) w.array(*values);
+  for (const auto* values : {&s.key_levels, &s.value_levels, &h.basis->center}) {
+    w.number(uint32_t(values->size()));
+    w.array(*values);
+  }
+  w.number(uint32_t(h.basis->pairs.size()));
+  w.array(h.basis->pairs);
+  if (archive.end_) {
+    w.array(h.sinks);
+    w.array(h.high_of_cell);
+    w.pad();
+    for (const auto& tile : h.tiles) {
+      if (!tile->order.empty()) throw std::logic_error("CacheState: pages with an order are not saved yet");
+      w.array(tile->data);
+    }
+  }
+  w.number(chosen ? uint32_t(h.recalled.blocks.size()) : 0);
+  if (chosen) w.array(h.recalled.blocks);
+}
+
+uint64_t CacheState::payload_bytes(const KVCache& cache, int layer) {
+  if (!cache.archive_) return 0;
+  const Archive& a = *cache.archive_;
+  uint64_t cells = 0;
+  for (const auto& extent : a.layers_.at(layer).extents) {
+    if (extent->lost())
+      throw std::runtime_error("a KV cache that has lost pairs, for want of memory and disk, cannot be saved");
+    cells += extent->cells;
+  }
+  return cells * cache.layers_[layer].heads.size() * a.cell_bytes_;
+}
+
+void CacheState::read_payload(const KVCache& cache, int layer, int kv_head, int first_cell, int cells, uint8_t* out) {
+  payload_bytes(cache, layer);  // nothing was lost
+  const Archive& a = *cache.archive_;
+  for (const auto& extent : a.layers_.at(layer).extents) {
+    const int first = std::max(first_cell, extent->first_cell);
+    const int end = std::min(first_cell + cells, extent->first_cell + extent->cells);
+    if (first >= end) continue;
+    const uint64_t at = extent->place(size_t(kv_head), first, a.cell_bytes_);
+    const size_t bytes = size_t(end - first) * a.cell_bytes_;
+    uint8_t* to = out + size_t(first - first_cell) * a.cell_bytes_;
+    if (extent->memory)
+      std::memcpy(to, extent->memory.get() + at, bytes);
+    else
+      extent->file->read(to, bytes, extent->offset + at);
+  }
+}
+
+// --- Restoring -------------------------------------------------------------------------------------------------------
+
+struct CacheState::Counts {
+  int tokens, observed, half, chosen_at;
+  float attention_factor;
+  bool calibrated;
+};
+
+CacheState::CacheState(const CacheShape& shape, int tokens, std::shared_ptr<FlashFile> file)
+    : tokens_(tokens), file_(std::move(file)), cache_(std::make_shared<KVCache>(shape)) {
+  if (tokens < 0 || tokens == INT_MAX) throw std::invalid_argument("a KV cache cannot hold so many tokens");
+}
+
+CacheState::Counts CacheState::read_counts(Reader& r) {
+  const CacheShape& s = cache_->shape_;
+  if (r.number() != kVersion) damaged("another version wrote it");
+  for (int expected : {s.heads, s.kv_heads, s.head_size, int(s.storage)})
+    if (r.number() != uint32_t(expected)) damaged("it is of another model or storage");
+  Counts c{};
+  const uint32_t tokens = r.number(), observed = r.number(), half = r.number();
+  if (tokens > uint32_t(tokens_)) damaged("more hot tokens than the conversation has");
+  if (observed > uint32_t(std::max(s.observed_queries, 0))) damaged("more observed queries than are kept");
+  if (half > uint32_t(s.head_size / 2)) damaged("more frequencies than a head has");
+  c.tokens = int(tokens);
+  c.observed = int(observed);
+  c.half = int(half);
+  c.attention_factor = r.finite(1, "attention factors")[0];
+  c.chosen_at = -1;
+  const uint32_t archives = r.number();
+  if (archives != (cache_->archive_ ? 1u : 0u)) damaged("it has an archive where none is set, or the reverse");
+  if (!archives) return c;
+  const ArchiveNumbers expected = numbers_of(cache_->archive_->settings_);
+  if (std::memcmp(r.take(sizeof expected), &expected, sizeof expected)) damaged("its archive has other settings");
+  const uint32_t end = r.number(), calibrated = r.number(), chosen_at = r.number();
+  if (end > uint32_t(tokens_) || end % kCellTokens || (end && end < uint32_t(cache_->archive_->settings_.sinks)))
+    damaged("its archive ends at no such position");
+  if (next_layer_ && int(end) != archived_until_) damaged("the layers' archives differ in length");
+  if (calibrated > 1 || (end && !calibrated)) damaged("its archive has no statistics");
+  if (chosen_at != UINT32_MAX && (chosen_at >= uint32_t(tokens_) || !end)) damaged("blocks were chosen at no such position");
+  archived_until_ = int(end);
+  c.calibrated = calibrated;
+  c.chosen_at = int32_t(chosen_at);
+  return c;
+}
+
+void CacheState::restore_layer(const uint8_t* blob, size_t bytes, uint64_t payload_offset) {
+  const CacheShape& s = cache_->shape_;
+  if (next_layer_ >= s.layers) damaged("there are more layers than the model has");
+  Reader r(blob, bytes);
+  const Counts c = read_counts(r);
+  KVCache::Layer& layer = cache_->layers_[next_layer_];
+  layer.attention_factor = c.attention_factor;
+  layer.frequencies = r.finite(uint64_t(c.half), "frequencies");
+  layer.observed_positions = r.ascending(uint64_t(c.observed), 0, tokens_, "observed positions");
+  layer.observed = r.array<float>(uint64_t(c.observed) * s.heads * s.head_size);
+  Archive* archive = cache_->archive_.get();
+  for (int kv = 0; kv < s.kv_heads; ++kv) {
+    read_pages(layer.heads[kv], c, r);
+    if (c.calibrated) read_head(archive->head(next_layer_, kv), c, r);
+  }
+  r.end();
+  if (archive) archive->layers_[next_layer_].chosen_at = c.chosen_at;
+  if (archived_until_) place_payload(payload_offset);
+  ++next_layer_;
+}
+
+void CacheState::read_pages(KVCache::Head& head, const Counts& c, Reader& r) {
+  const CacheShape& s = cache_->shape_;
+  const size_t side = side_bytes(s);
+  const std::vector<int32_t> positions = r.ascending(uint64_t(c.tokens), 0, tokens_, "positions");
+  if (cache_->archive_) {  // what is not archived is hot
+    const auto first = std::lower_bound(positions.begin(), positions.end(), archived_until_);
+    if (positions.end() - first != tokens_ - archived_until_) damaged("tokens are missing after the archive");
+  }
+  for (int at = 0; at < c.tokens; at += kPageTokens) {
+    const int tokens = std::min(kPageTokens, c.tokens - at);
+    const uint8_t* from = r.take(2 * side);
+    auto page = std::make_shared<Page>(cache_->pool_, s.head_size, s.storage);
+    std::memcpy(page->keys(), from, side);
+    std::memcpy(page->values(), from + side, side);
+    clear_unused(s, tokens, static_cast<uint8_t*>(page->keys()), static_cast<uint8_t*>(page->values()));
+    std::copy_n(positions.begin() + at, tokens, page->positions());
+    head.pages.push_back(std::move(page));
+  }
+  head.tokens = head.committed = c.tokens;
+}
+
+void CacheState::read_statistics(Archive::Head& h, Reader& r) {
+  const Archive& archive = *cache_->archive_;
+  const ArchiveSettings& settings = archive.settings_;
+  const uint64_t D = uint64_t(archive.head_size_);
+  auto statistics = std::make_shared<HeadStatistics>();
+  for (auto* values : {&statistics->key_center, &statistics->key_spread, &statistics->value_center,
+                       &statistics->value_spread})
+    *values = r.array<float>(D);
+  for (auto* values : {&statistics->key_levels, &statistics->value_levels}) *values = r.array<float>(r.number());
+  if (!statistics->fit(settings.high, int(D)) || !statistics->fit(settings.low, int(D)))
+    damaged("its statistics are not of this codec");
+  h.high = {settings.high, statistics.get(), int(D)};
+  h.low = {settings.low, statistics.get(), int(D)};
+  h.half = {Codec{}, statistics.get(), int(D)};
+  h.statistics = std::move(statistics);
+  auto basis = std::make_shared<DigestBasis>();
+  basis->center = r.array<float>(r.number());
+  if (basis->center.size() != (settings.retriever.digest == Digest::kMean ? D * kDigestBlocks : 0))
+    damaged("its digests are of another kind");
+  const uint32_t pairs = r.number(), wanted = uint32_t(std::min(int(D) / 2, std::max(1, settings.retriever.channels)));
+  if (pairs != (settings.retriever.digest == Digest::kChannels ? wanted : 0)) damaged("its digests are of another kind");
+  basis->pairs = r.ascending(pairs, 0, int64_t(D / 2), "channels");
+  h.basis = std::move(basis);
+}
+
+void CacheState::read_head(Archive::Head& h, const Counts& c, Reader& r) {
+  const Archive& archive = *cache_->archive_;
+  const int cells = archived_until_ / kCellTokens, blocks = cells * kCellBlocks;
+  const int sink_blocks = archive.settings_.sinks / kBlockTokens;
+  read_statistics(h, r);
+  if (cells) {
+    const size_t sinks = size_t(sink_blocks) * archive.half_bytes_;
+    const uint8_t* from = r.take(sinks);
+    h.sinks.assign(from, from + sinks);
+    from = r.take(uint64_t(cells));
+    h.high_of_cell.assign(from, from + cells);
+    for (uint8_t high : h.high_of_cell)
+      if (high >= kCellBlocks) damaged("a cell has no such block");
+    r.skip_pad();
+    const size_t digest = digest_page_bytes(archive.settings_.retriever, archive.head_size_);
+    for (int block = 0; digest && block < blocks; block += kDigestBlocks) {
+      from = r.take(digest);
+      h.tiles.push_back(std::make_shared<Archive::DigestTile>());
+      h.tiles.back()->data.assign(from, from + digest);
+    }
+  }
+  const uint32_t recalled = r.number();
+  if (recalled && c.chosen_at < 0) damaged("blocks are recalled that nobody has chosen");
+  h.recalled.blocks = r.ascending(recalled, sink_blocks, blocks, "recalled blocks");
+  h.recalled.at.assign(h.recalled.blocks.size(), -1);  // what lies in the file is read when it is needed
+}
+
+// The whole archive of a layer is one extent: in memory while the limit allows, otherwise where it lies in the file.
+void CacheState::place_payload(uint64_t offset) {
+  Archive& archive = *cache_->archive_;
+  const int cells = archived_until_ / kCellTokens;
+  const uint64_t bytes = uint64_t(cells) * cache_->shape_.kv_heads * archive.cell_bytes_;
+  if (!file_ || offset > file_->bytes() || bytes > file_->bytes() - offset) damaged("its payload is not in the file");
+  auto extent = std::make_shared<Extent>();
+  extent->first_cell = 0;
+  extent->cells = extent->row_cells = cells;
+  if (bytes <= archive.settings_.warm_limit_bytes && archive.warm_bytes() <= archive.settings_.warm_limit_bytes - bytes) {
+    extent->memory.reset(new uint8_t[size_t(bytes)]);
+    file_->read(extent->memory.get(), size_t(bytes), offset);
+  } else {
+    extent->file = archive.snapshot_ = file_;
+    extent->offset = offset;
+  }
+  archive.layers_[next_layer_].extents.push_back(std::move(extent));
+}
+
+std::shared_ptr<KVCache> CacheState::finish() {
+  if (next_layer_ != cache_->shape_.layers) damaged("layers are missing");
+  if (cache_->archive_) {
+    cache_->archive_->end_ = archived_until_;
+    cache_->archive_->cells_ = archived_until_ / kCellTokens;
+  }
+  return std::move(cache_);
+}
+
+}  // namespace satchel

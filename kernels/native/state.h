@@ -1,0 +1,50 @@
+// A KV cache as bytes, for snapshots: one blob for each layer, and the archive's payload as it lies in memory or on disk.
+//
+// docs/snapshot-format.md has the blob byte by byte. Blobs may come from anybody: everything is checked before it is
+// used, and nothing is allocated that a blob's (or the file's) own size does not justify.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "kv_cache.h"
+
+namespace satchel {
+
+class CacheState {
+ public:
+  // Saving: of a cache whose runs are all committed or rolled back (std::invalid_argument).
+  static size_t layer_bytes(const KVCache&, int layer);
+  static void save_layer(const KVCache&, int layer, uint8_t* out);  // layer_bytes() of them
+  // What a layer has in the archive: cell c of head h at (h * cells + c) * payload / (heads * cells). Throws
+  // std::runtime_error when some of it was lost.
+  static uint64_t payload_bytes(const KVCache&, int layer);
+  static void read_payload(const KVCache&, int layer, int kv_head, int first_cell, int cells, uint8_t* out);
+
+  // Restoring: the layers one after the other, then finish(). `tokens` is the length of the conversation, a bound of all
+  // positions. Payloads are read from `file` (null: the archive is empty) as long as the settings' warm limit allows;
+  // the others stay there. Throws std::invalid_argument for a blob that does not fit, OutOfPages.
+  CacheState(const CacheShape&, int tokens, std::shared_ptr<FlashFile> file);
+  void restore_layer(const uint8_t* blob, size_t bytes, uint64_t payload_offset);
+  std::shared_ptr<KVCache> finish();
+
+ private:
+  struct Counts;  // of one blob
+  class Writer;
+  class Reader;
+  static void write_layer(const KVCache&, int layer, Writer&);
+  static void write_pages(const KVCache&, const KVCache::Head&, Writer&);
+  static void write_head(const Archive&, const Archive::Head&, bool chosen, Writer&);
+  Counts read_counts(Reader&);
+  void read_pages(KVCache::Head&, const Counts&, Reader&);
+  void read_statistics(Archive::Head&, Reader&);
+  void read_head(Archive::Head&, const Counts&, Reader&);
+  void place_payload(uint64_t offset);
+
+  int tokens_, next_layer_ = 0, archived_until_ = 0;
+  std::shared_ptr<FlashFile> file_;
+  std::shared_ptr<KVCache> cache_;
+};
+
+}  // namespace satchel

@@ -1,0 +1,121 @@
+"""What was read once is not read twice: a document's KV cache is saved after reading, and opened the next time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..cache import ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
+from ..cache.snapshots import Match, Snapshot, SnapshotStore, Subject, settings_key
+from ..devices.files.cache_folder import cache_folder, snapshots_folder
+from ..devices.planner import Plan
+from ..devices.reporting import Notice
+from ..errors import SnapshotError, StorageError
+
+LEAST_TOKENS = 512  # fewer are read faster than they are looked for
+STATE_VERSION = 1  # of what the numbers in a snapshot mean; another version's are not opened
+
+
+class DocumentSnapshots:
+    """The snapshots of one model's documents."""
+
+    def __init__(
+        self,
+        fingerprint: str,
+        name: str,
+        *,
+        cache_dir: Path | None,
+        limit_bytes: int | None,
+        threads: int,
+        notice: Notice,
+    ) -> None:
+        self._store = SnapshotStore(snapshots_folder(cache_folder(cache_dir)), limit_bytes, notice=notice)
+        self._fingerprint, self._name = fingerprint, name
+        self._threads = threads
+        self._notice = notice
+
+    def reopen(
+        self, ids: Sequence[int], shape: CacheShape, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
+    ) -> KVCache | None:
+        """A cache that holds the first tokens of ``ids``, as many as any snapshot has; None when none helps."""
+        held = _held(settings, plan, archive)
+        truncates = plan.hot_tokens is None or archive is not None  # what a scorer dropped cannot come back
+        match = self._store.find(self._fingerprint, settings_key(held), ids, prefix_only=not truncates)
+        if match is None or match.common_tokens < min(LEAST_TOKENS, len(ids)):
+            return None
+        try:
+            with self._store.open(match.path, threads=self._threads) as snapshot:
+                return self._restored(match, snapshot, shape, settings, plan, archive)
+        except CacheFullError:  # saved with more memory than there is now
+            return None
+        except SnapshotError as error:
+            self._notice(f"{error}; the document is read again")
+            return None
+
+    def save(
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        settings: CacheSettings,
+        plan: Plan,
+        archive: ArchiveOptions | None,
+        documents: Sequence[str],
+    ) -> None:
+        """Saves what was read; when there is no room, says so and goes on."""
+        held = _held(settings, plan, archive)
+        subject = Subject(self._fingerprint, self._name, held, documents)
+        usage = cache.usage()
+        if usage.lost_tokens:  # a snapshot would lack them too, when there is room again
+            return
+        extra = {"total_tokens": cache.total_tokens, "sinks": settings.sinks, "window": settings.window}
+        try:
+            self._store.save(
+                subject, ids, cache.sections(), bytes_needed=usage.memory_bytes + usage.cold_bytes, extra=extra,
+                threads=self._threads,
+            )  # fmt: skip
+        except StorageError as error:
+            self._notice(f"what was read is not saved, and will be read again next time: {error}")
+
+    def _restored(
+        self,
+        match: Match,
+        snapshot: Snapshot,
+        shape: CacheShape,
+        settings: CacheSettings,
+        plan: Plan,
+        archive: ArchiveOptions | None,
+    ) -> KVCache:
+        extra = match.entry.extra
+        try:
+            as_read = {key: int(extra[key]) for key in ("sinks", "window")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise SnapshotError(f"the snapshot {match.path.name} lacks its settings: {error}") from None
+        cache = KVCache.restored(
+            shape,
+            replace(settings, **as_read),
+            snapshot,
+            hot_tokens=plan.hot_tokens,
+            threads=self._threads,
+            limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
+            archive=replace(archive, **as_read) if archive else None,
+        )
+        if cache.total_tokens > match.common_tokens:
+            cache.forget_from(match.common_tokens)
+        return cache
+
+
+def _held(settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None) -> dict[str, Any]:
+    """All that changes what a cache holds after reading, except how much of it is hot: that is in the snapshot."""
+    held: dict[str, Any] = {"version": STATE_VERSION, "storage": settings.storage}
+    if plan.hot_tokens is None:
+        return held | {"kind": "full"}
+    if archive is None:
+        return held | {
+            "kind": "pruned", "scorer": settings.scorer, "hot_tokens": plan.hot_tokens, "sinks": settings.sinks,
+            "window": settings.window, "chunk": plan.chunk,
+        }  # fmt: skip
+    kept = plan.hot_tokens - settings.sinks - settings.window
+    scored = {"scorer": settings.scorer, "kept": kept} if kept > 0 else {}
+    return held | {"kind": "recall", "codec": archive.codec, "retriever": archive.retriever} | scored
