@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from ..errors import SnapshotError
+from ..errors import SnapshotError, StorageError
 from .archive import BLOCK_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
 from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
 from .snapshots.snapshot import Snapshot
 from .snapshots.state import SectionToWrite, layer_sections, restored_native, saved_bytes, total_tokens_of
+
+FULL_MESSAGE = "KV cache needs more than its limit"  # of the native code, which can raise nothing but text
 
 
 class CacheFullError(Exception):
@@ -233,6 +235,7 @@ class KVCache:
 
         Raises:
             CacheFullError: pages are shared with a fork and there is no room for copies; every layer is consistent.
+            StorageError: the archive's folder takes no file.
         """
         budget = self.hot_tokens if hot_tokens is None else hot_tokens
         if budget is None:
@@ -277,7 +280,9 @@ class KVCache:
             else:
                 self._native.drop_archived()
         except RuntimeError as error:
-            raise CacheFullError(str(error)) from None
+            if FULL_MESSAGE in str(error):
+                raise CacheFullError(str(error)) from None
+            raise StorageError(f"old tokens cannot be kept on disk: {error}; make room there, or use --disk 0") from None
 
     def _archive_scores(self, layer: int, until: int) -> NDArray[np.float32]:
         """Scores of the hot tokens before ``until`` [kv_heads, tokens]; the sinks are attended anyway."""
