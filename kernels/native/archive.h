@@ -5,6 +5,7 @@
 // attended always. Nothing is ever overwritten: forks share what both had.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -103,6 +104,10 @@ class Archive {
                        const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const;
   // Where a page is to be scored, seen from a query at `last`.
   int32_t seen_position(int page, int32_t last) const;
+  // All positions that sinks and recalled blocks are seen at lie below this one.
+  int32_t seen_end(int32_t last) const {
+    return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kDigestTokens);
+  }
 
   size_t sink_bytes() const;
   size_t recalled_bytes() const;

@@ -147,7 +147,7 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
 void KVCache::prepare_archive_rope(const AttentionSettings& s, int last) {
   Workspace& w = work_;
   const int half = s.rope_dims / 2, pages = archive_->pages();
-  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, last + 1);
+  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, archive_->seen_end(last));
   if (w.page_ropes_last == last && w.page_ropes_factor == s.rope_attention_factor &&
       w.page_ropes_frequencies == w.rope_frequencies && w.page_ropes.size() == size_t(pages) * 2 * half)
     return;  // as another layer of this run had it
