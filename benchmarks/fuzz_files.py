@@ -39,7 +39,7 @@ from satchel.cache.snapshots import RANS_8, RANS_BF16, Entry, Snapshot, Snapshot
 from satchel.errors import SatchelError
 
 SLOWEST_SECONDS = 10
-STATE_TOKENS = 200
+STATE_TOKENS, STATE_ARCHIVED = 300, 256
 NUMBERS = (0, 1, 2, 127, 255, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 VALUES: tuple[Any, ...] = (None, True, 0, -1, 1, 2**31, 2**63, 10**400, 1.5, 1e308, "", "x", "../x", "\ud800", "\0",
                            [], {}, [[]], {"": {}}, "9" * 50, "x" * 5000)  # fmt: skip
@@ -230,7 +230,9 @@ def state_target(folder: Path) -> Target:
     """A native KV cache from a layer's blob and payload, and its use. A seed is the blob's length (u32), the blob, the
     payload, and which of the kinds it is (u8).
     """
-    kinds = [state_options(codec) for codec in (None, "q8", "mikv", "kvquant3", "grouped2", "f16")]
+    kinds = [state_options(*names) for names in (
+        (None, ""), ("q8", "landmark"), ("mikv", "minmax"), ("kvquant3", "channels"), ("grouped2", "centroid"),
+        ("f16", "none"), ("q4", "centroid"))]  # fmt: skip
     descriptor = os.open(folder / "payload", os.O_RDWR | os.O_CREAT)
     seeds = [saved_state(options, kind) for kind, options in enumerate(kinds)]
 
@@ -257,26 +259,26 @@ def state_target(folder: Path) -> Target:
     return Target(seeds, mutate_state, run, weight=8)
 
 
-def state_options(codec: str | None) -> dict[str, Any]:
+def state_options(codec: str | None, retriever: str) -> dict[str, Any]:
     """Options of a native cache of one layer."""
     archive = None
     if codec:
-        archive = ArchiveOptions(codec=codec, retriever="landmark", sinks=16, window=32, recall_tokens=64,
-                                 recall_every=2, reach=150, warm_bytes=1 << 30)  # fmt: skip
+        archive = ArchiveOptions(codec=codec, retriever=retriever, sinks=16, window=32, recall_tokens=64,
+                                 recall_every=2, reach=250, warm_bytes=1 << 30)  # fmt: skip
     return {"layers": 1, "heads": 4, "kv_heads": 2, "head_size": 16, "observed_queries": 3,
             "archive": archive.native(16) if archive else None}  # fmt: skip
 
 
 def saved_state(options: dict[str, Any], kind: int) -> bytes:
-    """A seed: `STATE_TOKENS` tokens, 192 of them archived if there is an archive, and blocks chosen."""
+    """A seed: `STATE_TOKENS` tokens, `STATE_ARCHIVED` of them archived if there is an archive, and blocks chosen."""
     cache = kernels.KVCache(**options)
     attend_noise(cache, 0, STATE_TOKENS - 1)
     if options["archive"]:
-        cache.archive(192)
+        cache.archive(STATE_ARCHIVED)
         cache.drop_archived()
     attend_noise(cache, STATE_TOKENS - 1, 1)
     blob = cache.save_layer(0)
-    payload = [cache.read_payload(0, head, 0, 3) for head in range(2)] if options["archive"] else []
+    payload = [cache.read_payload(0, head, 0, STATE_ARCHIVED // 64) for head in range(2)] if options["archive"] else []
     return struct.pack("<I", len(blob)) + blob + b"".join(payload) + bytes([kind])
 
 
@@ -293,14 +295,14 @@ def use_state(cache: kernels.KVCache) -> None:
     """All that a conversation does: steps, chunks, archiving, forgetting, saving."""
     for position in range(STATE_TOKENS, STATE_TOKENS + 3):
         attend_noise(cache, position, 1)
-    attend_noise(cache, STATE_TOKENS + 3, 70)
+    attend_noise(cache, STATE_TOKENS + 3, 220)
     with np.errstate(all="ignore"):
         for head in range(2):
             cache.read(0, head, rotated=False)
-    if cache.archive_usage()["digest_bytes"]:
-        cache.archive(cache.archived_until + 64)
+    if cache.archived_until:
+        cache.archive(cache.archived_until + 256)
         cache.drop_archived()
-        attend_noise(cache, STATE_TOKENS + 73, 1)
+        attend_noise(cache, STATE_TOKENS + 223, 1)
     cache.forget_from(100)
     attend_noise(cache, 100, 2)
     cache.save_layer(0)
