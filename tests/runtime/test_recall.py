@@ -81,7 +81,7 @@ def test_a_document_is_read_chunk_by_chunk(load: Load, monkeypatch: pytest.Monke
 
 
 def test_everything_recalled_is_nearly_the_full_cache(load: Load) -> None:
-    """With room to recall the whole archive, encoded in 8 bits, the logits are those of the whole cache but for that."""
+    """With room to recall the whole archive the logits are those of the whole cache, but for its 8 bits."""
     text = DOCUMENT[:1200]
     kv = {"hot_tokens": 192, "sinks": 16, "window": 176, "chunk": 64, "codec": "q8", "recall_tokens": 2048}
     full, recall = load(EXACT, policy="full"), load(EXACT, kv=kv)
