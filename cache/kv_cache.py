@@ -282,7 +282,8 @@ class KVCache:
         except RuntimeError as error:
             if FULL_MESSAGE in str(error):
                 raise CacheFullError(str(error)) from None
-            raise StorageError(f"old tokens cannot be kept on disk: {error}; make room there, or use --disk 0") from None
+            message = f"old tokens cannot be kept on disk: {error}; make room there, or use --disk 0"
+            raise StorageError(message) from None
 
     def _archive_scores(self, layer: int, until: int) -> NDArray[np.float32]:
         """Scores of the hot tokens before ``until`` [kv_heads, tokens]; the sinks are attended anyway."""
