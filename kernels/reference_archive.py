@@ -124,7 +124,9 @@ class Recall:
                 out[rows, mine] = merge(parts)[0]
         return out
 
-    def _over(self, q: Floats, keys: ArrayLike, values: ArrayLike, places: ArrayLike, at: ArrayLike) -> tuple[Floats, Floats]:
+    def _over(
+        self, q: Floats, keys: ArrayLike, values: ArrayLike, places: ArrayLike, at: ArrayLike
+    ) -> tuple[Floats, Floats]:
         one = [np.asarray(keys)], [np.asarray(values)]
         return attention(q, *one, at, [np.asarray(places)], scale=self.scale, softcap=self.softcap)
 

@@ -66,7 +66,7 @@ class Talk:
 
     @property
     def scale(self) -> float:
-        return self.size**-0.5
+        return float(self.size**-0.5)
 
     def fork(self) -> Talk:
         twin = object.__new__(Talk)
@@ -299,7 +299,8 @@ CODECS = {"f16": (F16, F16), "q8": (Q8, Q8), "mikv": (Q8, Q2), "q4": ((4, 4, Fal
 def test_warm_is_cold_bit_for_bit(codec: str, held: int, tmp_path: Path) -> None:
     high, low = CODECS[codec]
     options = {"high": high, "low": low, "recall_every": 3}
-    cold = {"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED, "held_limit_bytes": held}
+    cold = {"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED}
+    cold["held_limit_bytes"] = held
     warm = Talk(layers=2, archive=options, threads=2)
     cool = Talk(layers=2, archive={**options, **cold}, threads=2)
     half = Talk(layers=2, archive={**options, **cold, "warm_limit_bytes": 40_000}, threads=2)
@@ -544,8 +545,8 @@ def test_archive_needs_the_sinks_and_settings_that_fit() -> None:
             Talk(archive=change)
     with pytest.raises(ValueError, match="no archive"):
         kernels.KVCache(layers=1, heads=1, kv_heads=1, head_size=16).archive(64)
+    talk.read(100)
     with pytest.raises(ValueError, match="block_scores must be"):
-        talk.read(100)
         talk.cache.archive(192, np.zeros((1, 2, 5), np.float32))
 
 
@@ -667,9 +668,7 @@ def test_a_full_file(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     """The system refuses to let a file grow (RLIMIT_FSIZE: Python ignores the signal)."""
     cell = 2 * 64 * 2 * 16 * 2
-    talk = Talk(
-        archive={"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED}
-    )
+    talk = Talk(archive={"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED})
     talk.read(500)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * cell + cell // 2, before[1]))
