@@ -34,10 +34,12 @@ from typing import Any
 
 import numpy as np
 from satchel import kernels
+from satchel.cache import ArchiveOptions
 from satchel.cache.snapshots import RANS_8, RANS_BF16, Entry, Snapshot, SnapshotWriter
 from satchel.errors import SatchelError
 
 SLOWEST_SECONDS = 10
+STATE_TOKENS, STATE_ARCHIVED = 300, 256
 NUMBERS = (0, 1, 2, 127, 255, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 VALUES: tuple[Any, ...] = (None, True, 0, -1, 1, 2**31, 2**63, 10**400, 1.5, 1e308, "", "x", "../x", "\ud800", "\0",
                            [], {}, [[]], {"": {}}, "9" * 50, "x" * 5000)  # fmt: skip
@@ -224,6 +226,101 @@ def package_target(folder: Path) -> Target:
     return Target([(package / MANIFEST_FILE).read_bytes()], mutate_json, run, weight=2)
 
 
+def state_target(folder: Path) -> Target:
+    """A native KV cache from a layer's blob and payload, and its use. A seed is the blob's length (u32), the blob, the
+    payload, and which of the kinds it is (u8).
+    """
+    kinds = [state_options(*names) for names in (
+        (None, ""), ("q8", "landmark"), ("mikv", "minmax"), ("kvquant3", "channels"), ("grouped2", "centroid"),
+        ("f16", "none"), ("q4", "centroid"))]  # fmt: skip
+    descriptor = os.open(folder / "payload", os.O_RDWR | os.O_CREAT)
+    seeds = [saved_state(options, kind) for kind, options in enumerate(kinds)]
+
+    def run(data: bytes) -> None:
+        if len(data) < 5:
+            return
+        length = struct.unpack_from("<I", data)[0]
+        payload = data[4 + length : -1]
+        os.pwrite(descriptor, payload, 0)
+        os.ftruncate(descriptor, len(payload))
+        options = dict(kinds[data[-1] % len(kinds)])
+        if options["archive"] and data[-1] % 2:  # left in the file
+            options["archive"] = {**options["archive"], "warm_limit_bytes": 0}
+        try:
+            cache = kernels.KVCache.restored(
+                **options, tokens=STATE_TOKENS, blobs=[data[4 : 4 + length]], descriptor=descriptor, payload_offsets=[0]
+            )
+        except ValueError as error:
+            raise SatchelError(str(error)) from None
+        use_state(cache)
+
+    for seed in seeds:  # none of them is refused
+        run(seed)
+    return Target(seeds, mutate_state, run, weight=8)
+
+
+def state_options(codec: str | None, retriever: str) -> dict[str, Any]:
+    """Options of a native cache of one layer."""
+    archive = None
+    if codec:
+        archive = ArchiveOptions(codec=codec, retriever=retriever, sinks=16, window=32, recall_tokens=64,
+                                 recall_every=2, reach=250, warm_bytes=1 << 30)  # fmt: skip
+    return {"layers": 1, "heads": 4, "kv_heads": 2, "head_size": 16, "observed_queries": 3,
+            "archive": archive.native(16) if archive else None}  # fmt: skip
+
+
+def saved_state(options: dict[str, Any], kind: int) -> bytes:
+    """A seed: `STATE_TOKENS` tokens, `STATE_ARCHIVED` of them archived if there is an archive, and blocks chosen."""
+    cache = kernels.KVCache(**options)
+    attend_noise(cache, 0, STATE_TOKENS - 1)
+    if options["archive"]:
+        cache.archive(STATE_ARCHIVED)
+        cache.drop_archived()
+    attend_noise(cache, STATE_TOKENS - 1, 1)
+    blob = cache.save_layer(0)
+    payload = [cache.read_payload(0, head, 0, STATE_ARCHIVED // 64) for head in range(2)] if options["archive"] else []
+    return struct.pack("<I", len(blob)) + blob + b"".join(payload) + bytes([kind])
+
+
+def attend_noise(cache: kernels.KVCache, first: int, tokens: int) -> None:
+    """Reads ``tokens`` random pairs."""
+    rng = np.random.default_rng(first)
+    q, k, v = (rng.normal(size=(tokens, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    frequencies = (100.0 ** (-np.arange(8) / 8)).astype(np.float32)
+    cache.attend(0, q, k, v, np.arange(first, first + tokens), frequencies, scale=0.5)
+    cache.commit()
+
+
+def use_state(cache: kernels.KVCache) -> None:
+    """All that a conversation does: steps, chunks, archiving, forgetting, saving."""
+    for position in range(STATE_TOKENS, STATE_TOKENS + 3):
+        attend_noise(cache, position, 1)
+    attend_noise(cache, STATE_TOKENS + 3, 220)
+    with np.errstate(all="ignore"):
+        for head in range(2):
+            cache.read(0, head, rotated=False)
+    if cache.archived_until:
+        cache.archive(cache.archived_until + 256)
+        cache.drop_archived()
+        attend_noise(cache, STATE_TOKENS + 223, 1)
+    cache.forget_from(100)
+    attend_noise(cache, 100, 2)
+    cache.save_layer(0)
+    cache.close()
+
+
+def mutate_state(rng: random.Random, data: bytes) -> bytes:
+    """Mostly the counts at the beginning and single numbers, in place; sometimes anything."""
+    if rng.random() < 0.15:
+        return mutate_bytes(rng, data)
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        at = 4 * (rng.randrange(1, 30) if rng.random() < 0.4 else rng.randrange(1, len(data) // 4))
+        number = rng.choice((*NUMBERS, 0x7FC00000, 0xFF800000, 0x7F7FFFFF, rng.getrandbits(32), rng.randrange(300)))
+        out[at : at + 4] = (number % (1 << 32)).to_bytes(4, "little")
+    return bytes(out)
+
+
 def tokenizer_target(folder: Path) -> Target:
     """tokenizer.json of a tiny package, as the runtime opens it."""
     from satchel.export.package import TOKENIZER_FILE, open_package
@@ -251,6 +348,7 @@ def tiny_package(folder: Path) -> Path:
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "snapshot": snapshot_target,
     "entropy": entropy_target,
+    "state": state_target,
     "package": package_target,
     "tokenizer": tokenizer_target,
 }

@@ -6,7 +6,7 @@ Hot: pages of floats in RAM. Warm and cold: the archive, encoded, in RAM or on f
 from __future__ import annotations
 
 from .archive import ArchiveOptions
-from .kv_cache import CacheFullError, CacheShape, KVCache, KVUsage
+from .kv_cache import FULL_MESSAGE, CacheFullError, CacheShape, KVCache, KVUsage
 from .settings import CacheSettings
 
-__all__ = ["ArchiveOptions", "CacheFullError", "CacheSettings", "CacheShape", "KVCache", "KVUsage"]
+__all__ = ["FULL_MESSAGE", "ArchiveOptions", "CacheFullError", "CacheSettings", "CacheShape", "KVCache", "KVUsage"]

@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from ..errors import SnapshotError
+from ..errors import SnapshotError, StorageError
 from .archive import BLOCK_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
 from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
 from .snapshots.snapshot import Snapshot
 from .snapshots.state import SectionToWrite, layer_sections, restored_native, saved_bytes, total_tokens_of
+
+FULL_MESSAGE = "KV cache needs more than its limit"  # of the native code, which can raise nothing but text
 
 
 class CacheFullError(Exception):
@@ -38,8 +40,8 @@ class CacheShape:
 class KVUsage:
     """Where the pairs of a conversation are now.
 
-    ``hot_bytes``: pages, sinks and what is recalled from disk; ``warm_bytes``, ``cold_bytes``: the archive in memory and
-    on disk; ``digest_bytes``: what finds its blocks; ``lost_tokens``: neither memory nor disk had room for them.
+    ``hot_bytes``: pages, sinks and what is recalled from disk; ``warm_bytes``, ``cold_bytes``: the archive in memory
+    and on disk; ``digest_bytes``: what finds its blocks; ``lost_tokens``: neither memory nor disk had room for them.
     """
 
     hot_bytes: int
@@ -73,8 +75,8 @@ class KVCache:
     """An owned cache: closing it frees its memory at once; a fork shares pages until one of the two writes.
 
     ``hot_tokens`` None keeps everything, until one is set; with it `demote` leaves that many per KV head: the sinks,
-    the window and the best-scored others. With an ``archive`` nothing is forgotten: what `demote` removes is kept there,
-    and recalled when a query needs it.
+    the window and the best-scored others. With an ``archive`` nothing is forgotten: what `demote` removes is kept
+    there, and recalled when a query needs it.
     """
 
     def __init__(
@@ -233,6 +235,7 @@ class KVCache:
 
         Raises:
             CacheFullError: pages are shared with a fork and there is no room for copies; every layer is consistent.
+            StorageError: the archive's folder takes no file.
         """
         budget = self.hot_tokens if hot_tokens is None else hot_tokens
         if budget is None:
@@ -277,7 +280,9 @@ class KVCache:
             else:
                 self._native.drop_archived()
         except RuntimeError as error:
-            raise CacheFullError(str(error)) from None
+            if FULL_MESSAGE in str(error):
+                raise CacheFullError(str(error)) from None
+            raise StorageError(f"old tokens cannot be kept on disk: {error}; make room there, or use --disk 0") from None
 
     def _archive_scores(self, layer: int, until: int) -> NDArray[np.float32]:
         """Scores of the hot tokens before ``until`` [kv_heads, tokens]; the sinks are attended anyway."""

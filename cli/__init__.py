@@ -20,7 +20,8 @@ from .. import __version__
 from ..errors import SatchelError
 from .interrupts import work_is_left
 
-COMMANDS = ("ask", "chat", "models", "pull", "export", "plan", "bench", "eval", "cache", "methods")  # in the order of the help
+# in the order of the help
+COMMANDS = ("ask", "chat", "models", "pull", "export", "plan", "bench", "eval", "cache", "methods")
 FAILED, USAGE, STOPPED, PIPE_CLOSED = 1, 2, 130, 141
 
 EPILOG = """\b

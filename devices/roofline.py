@@ -2,7 +2,9 @@
 
 The rates are measured with the model itself (`runtime.predict`) or, failing that, worked out from its operations and
 bytes with the constants below. A text of T tokens costs T times the linear layers plus, for each of its tokens, the
-tokens that it attends to; with an archive also choosing (a pass over the digests), writing to disk and reading back.
+tokens that it attends to; with an archive also choosing (passes over the digests), writing to disk and reading back.
+A chunk chooses anew for each few of its queries; while answering, a choice serves some tokens, and what it has on disk
+is read for each of them, from the second on out of the system's file cache.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from .planner.plan import ARCHIVE_STEP, BLOCK_TOKENS, Plan, Prediction
 LINEAR_FLOPS_PER_THREAD = 45e9
 ATTENTION_FLOPS_PER_THREAD = 20e9
 MEMORY_BYTES_PER_SECOND = 10e9
-DIGEST_BYTES_PER_SECOND_AND_THREAD = 4e9  # int8 products with one query
-QUERIES_PER_CHOICE = 16  # a chunk chooses with that many of its queries
+# As kernels/native/attend.cc has it: a chunk longer than LONG_CHUNK makes one choice for QUERIES_PER_CHOICE queries
+# with every VOTER_STRIDE-th of them, a shorter one for QUERIES_OF_SHORT_CHUNK with all; each goes over all digests.
+LONG_CHUNK, QUERIES_PER_CHOICE, QUERIES_OF_SHORT_CHUNK, VOTER_STRIDE = 64, 16, 4, 4
 READS_AT_ONCE = 8  # batched, and fetched for the next layer while this one computes
+OVERLAP = 0.22  # 16 choices of a chunk wanted 1.8 times as many blocks as one of them: smollm2-135m over a manual
+CACHED_READ_SECONDS = 2e-6  # of a block that was read a moment ago
 DISK_UNIT_BYTES = 4096  # what direct reads are rounded to
 
 
@@ -68,20 +73,38 @@ def estimated_rates(work: Work, threads: int) -> Rates:
 
 
 def predict(
-    plan: Plan, tokens: int, rates: Rates, work: Work, flash: Flash, *, threads: int, recall_every: int
+    plan: Plan, tokens: int, rates: Rates, work: Work, flash: Flash, *, recall_every: int
 ) -> Prediction:  # fmt: skip
     """Reading ``tokens`` tokens by ``plan``, and the rate of answering after them."""
     reach = _reach(plan)
     read = tokens * rates.prefill_seconds_per_token + attended_pairs(plan, tokens) * rates.prefill_seconds_per_pair
     decode = rates.decode_seconds_per_token + min(tokens, reach) * rates.decode_seconds_per_pair
     if plan.codec is not None:
-        chunks = max(tokens - (plan.hot_tokens or 0), 0) / plan.chunk  # those that find something in the archive
-        scan = plan.digest_bytes / (threads * DIGEST_BYTES_PER_SECOND_AND_THREAD)
+        archived = max(tokens - (plan.hot_tokens or 0), 0)
+        chunks = archived / plan.chunk  # those that find something in the archive
+        scanned = archived / BLOCK_TOKENS if plan.digest_bytes else 0  # a query looks at a digest as at a token
         half_full = 1 / 2  # the archive grows while the text is read
-        read += chunks * half_full * scan * QUERIES_PER_CHOICE
-        read += chunks * half_full * fetch_seconds(plan, work, flash) + plan.cold_bytes / flash.bandwidth
-        decode += (scan + fetch_seconds(plan, work, flash)) / recall_every
+        read += chunks * half_full * scanned * voters(plan.chunk) * rates.prefill_seconds_per_pair
+        wanted = min(wanted_tokens(plan), archived / 2)
+        read += chunks * fetch_seconds(plan, work, flash, wanted) + plan.cold_bytes / flash.bandwidth
+        wanted = min(plan.recall_tokens, archived)
+        decode += scanned * rates.decode_seconds_per_pair / recall_every
+        decode += fetch_seconds(plan, work, flash, wanted) / recall_every
+        decode += cold_blocks(plan, work, wanted) * CACHED_READ_SECONDS * (1 - 1 / recall_every)
     return Prediction(read, 1 / decode)
+
+
+def choices(chunk: int) -> int:
+    """How many times a chunk chooses what it recalls, for each KV head."""
+    return -(-chunk // (QUERIES_PER_CHOICE if chunk > LONG_CHUNK else QUERIES_OF_SHORT_CHUNK))
+
+
+def voters(chunk: int) -> int:
+    """Query tokens of a chunk that are scored against all digests."""
+    if chunk <= LONG_CHUNK:
+        return chunk
+    whole, rest = divmod(chunk, QUERIES_PER_CHOICE)
+    return whole * QUERIES_PER_CHOICE // VOTER_STRIDE + -(-rest // VOTER_STRIDE)
 
 
 def attended_pairs(plan: Plan, tokens: int) -> float:
@@ -93,14 +116,26 @@ def attended_pairs(plan: Plan, tokens: int) -> float:
     return pairs
 
 
-def fetch_seconds(plan: Plan, work: Work, flash: Flash) -> float:
-    """Reading one choice of recalled blocks, as far as they lie on disk."""
-    archived = plan.warm_bytes + plan.cold_bytes
-    if not plan.cold_bytes or not plan.recall_tokens:
+def wanted_tokens(plan: Plan) -> float:
+    """Tokens per KV head that a chunk recalls: its choices overlap, the more so the more there are."""
+    return float(plan.recall_tokens * choices(plan.chunk) ** OVERLAP)
+
+
+def cold_blocks(plan: Plan, work: Work, tokens: float) -> float:
+    """Blocks, of all KV heads, of ``tokens`` recalled ones that lie on disk."""
+    if not plan.cold_bytes:
         return 0.0
-    blocks = plan.recall_tokens / BLOCK_TOKENS * work.kv_heads * plan.cold_bytes / archived
-    block_bytes = plan.recall_bytes / (plan.recall_tokens / BLOCK_TOKENS * work.kv_heads)
-    read_bytes = (math.ceil(block_bytes / DISK_UNIT_BYTES) + 1) * DISK_UNIT_BYTES  # it starts where it may
+    return tokens / BLOCK_TOKENS * work.kv_heads * plan.cold_bytes / (plan.warm_bytes + plan.cold_bytes)
+
+
+def fetch_seconds(plan: Plan, work: Work, flash: Flash, tokens: float) -> float:
+    """Reading ``tokens`` recalled tokens per KV head, as far as they lie on disk."""
+    if not plan.cold_bytes:
+        return 0.0
+    blocks = cold_blocks(plan, work, tokens)
+    per_token = (plan.warm_bytes + plan.cold_bytes) / plan.archive_tokens / work.kv_heads
+    units = math.ceil(per_token * BLOCK_TOKENS / DISK_UNIT_BYTES) + 1  # it starts where it may
+    read_bytes = units * DISK_UNIT_BYTES
     return flash.seconds(blocks * read_bytes, blocks / READS_AT_ONCE)
 
 

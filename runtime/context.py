@@ -76,7 +76,7 @@ class Context:
         self._pending: list[int] = []  # the last answer's last token: shown, but not yet run
         self._cancel = threading.Event()
         self._last: Answer | None = None
-        self._lost_tokens = 0
+        self._told_of_loss = False
 
     # --- Asking --------------------------------------------------------------------------------------------------
 
@@ -135,6 +135,7 @@ class Context:
         twin.read_seconds, twin.reopened, twin.is_fork = self.read_seconds, self.reopened, True
         twin._first_turn = self._first_turn
         twin._pending = list(self._pending)
+        twin._told_of_loss = self._told_of_loss
         self._model.adopt(twin)
         return twin
 
@@ -187,7 +188,8 @@ class Context:
         for first in range(0, len(ids), self.plan.chunk):
             row = self.append(ids[first : first + self.plan.chunk])
             progress("reading", min(known + first + self.plan.chunk, total), total)
-        self._demote()  # forks then have room for a question and its answer without touching what is shared
+        self._cache.demote()  # forks then have room for a question and its answer without touching what is shared
+        self._tell_of_loss()
         return row
 
     def save(self, snapshots: DocumentSnapshots, ids: Sequence[int], names: Sequence[str]) -> None:
@@ -219,13 +221,13 @@ class Context:
             least = self._model.options.settings.least_hot_tokens
             self._cache.hot_tokens = least if self._cache.recalls else max(capacity - self.plan.chunk, least)
             self._model.notice(f"the memory limit is reached: {self._cache.hot_tokens:,} tokens stay hot from here on")
-        self._demote()
-
-    def _demote(self) -> None:
         self._cache.demote()
-        lost = self._cache.usage().lost_tokens if self._cache.recalls else 0
-        if lost > self._lost_tokens:
-            self._lost_tokens = lost
+
+    def _tell_of_loss(self) -> None:
+        """Once for a conversation and its forks: it is true for good, and more of it is in ``kv``."""
+        lost = self._cache.usage().lost_tokens
+        if lost and not self._told_of_loss:
+            self._told_of_loss = True
             self._model.notice(
                 f"neither memory nor disk has room for more: {lost:,} of {self._cache.total_tokens:,} tokens can no "
                 "longer be recalled; answers about them may be wrong (free some disk, or raise --disk or --memory)"
@@ -321,6 +323,7 @@ class Context:
             if not self._cache.closed:
                 self._cache.forget_from(before)
             raise
+        self._tell_of_loss()
         assert row is not None, "a turn has at least the template's tokens"
         return row
 

@@ -10,12 +10,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .. import kernels
-from ..cache import CacheFullError, CacheShape, KVCache
+from ..cache import FULL_MESSAGE, CacheFullError, CacheShape, KVCache
 from ..errors import ModelError, SatchelError
 from ..export.package import Package
 from ..export.rope import rope_frequencies
-
-FULL_MESSAGE = "KV cache needs more than its limit"  # of the operator, which can raise nothing but text
 
 
 class Cancelled(SatchelError):

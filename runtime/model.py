@@ -214,9 +214,9 @@ class Model:
         ids = self._first_ids(text, system)
         if len(ids) >= self.longest_tokens:
             raise ContextLengthError(
-                f"the document has {len(ids):,} tokens, the model {self.name} reads at most {self.longest_tokens:,} with "
-                f"policy {self.options.policy}; use policy auto, give fewer pages, or take a model with a longer context "
-                "(see 'satchel models')"
+                f"the document has {len(ids):,} tokens, the model {self.name} reads at most {self.longest_tokens:,} "
+                f"with policy {self.options.policy}; use policy auto, give fewer pages, or take a model with a longer "
+                "context (see 'satchel models')"
             )
         if self._has_run:  # the first document was measured, this one is not
             self._used_bytes += sys.getsizeof(text) + BYTES_PER_ID * len(ids)
@@ -300,7 +300,8 @@ class Model:
     def open_context(
         self, tokens: int, *, has_document: bool = True, has_system: bool = False, ids: Sequence[int] = ()
     ) -> Context:
-        """A conversation with a plan for ``tokens`` tokens and an answer: empty, or with what a snapshot has of ``ids``."""
+        """A conversation with a plan for ``tokens`` tokens and an answer: empty, or with what a snapshot has of ``ids``.
+        """
         plan = self._plan(min(tokens + ANSWER_ROOM, self.longest_tokens))
         self._has_run = True
         if plan.codec is not None:
@@ -318,7 +319,7 @@ class Model:
             settings,
             hot_tokens=plan.hot_tokens,
             threads=self.options.threads,
-            limit_bytes=plan.kv_limit_bytes,
+            limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=archive,
         )
         context = Context(self, cache, plan, fresh=not (has_document or has_system), has_system=has_system)
@@ -374,9 +375,11 @@ class Model:
     def _plan(self, tokens: int, *, text_bytes: int = 0, longest_tokens: int | None = None) -> Plan:
         self._measure()
         # Forks share the pages of what they were forked from, and its plan.
-        others = sum({id(context.plan): context.plan.kv_ram_bytes for context in self._contexts}.values())
+        plans = {id(context.plan): context.plan for context in self._contexts}.values()
+        others = sum(plan.kv_ram_bytes + plan.fork_bytes for plan in plans)
         settings, policy = self.options.settings, self.options.policy
-        costs = costs_of(self._package, settings, process_bytes=self._used_bytes + text_bytes + others, threads=self.options.threads)
+        process_bytes = self._used_bytes + text_bytes + others
+        costs = costs_of(self._package, settings, process_bytes=process_bytes, threads=self.options.threads)
         return make_plan(
             costs,
             self.options.memory_bytes,

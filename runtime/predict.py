@@ -16,12 +16,12 @@ import numpy as np
 
 from .. import kernels
 from ..cache import KVCache
+from ..devices.files.cache_folder import cache_folder
 from ..devices.flash import flash_of
 from ..devices.machine import cpu_name
 from ..devices.planner import Plan, why
 from ..devices.remembered import remember, remembered
 from ..devices.roofline import Rates, Work, estimated_rates, predict
-from ..devices.files.cache_folder import cache_folder
 from .memory import archive_costs, page_bytes
 from .model import Model
 
@@ -53,11 +53,11 @@ def forecast(model: Model, tokens: int, *, measure: bool | None = None) -> Forec
         MemoryLimitError: it does not fit into the memory limit; the message has the limit that would do.
     """
     plan = model.plan(tokens)
-    settings, threads = model.options.settings, model.options.threads
+    settings = model.options.settings
     rates, work = find_rates(model, measure=measure), work_of(model)
     folder = cache_folder(model.cache_dir)
     flash = flash_of(folder, folder)
-    predicted = predict(plan, tokens, rates, work, flash, threads=threads, recall_every=settings.recall_every)
+    predicted = predict(plan, tokens, rates, work, flash, recall_every=settings.recall_every)
     best = archive_costs(model.package, settings)[0].codec
     reason = why(plan, best)
     if tokens > model.context_length:

@@ -89,17 +89,17 @@ class DocumentSnapshots:
     ) -> KVCache:
         extra = match.entry.extra
         try:
-            as_read = {key: int(extra[key]) for key in ("sinks", "window")}
+            sinks, window = int(extra["sinks"]), int(extra["window"])
         except (KeyError, TypeError, ValueError) as error:
             raise SnapshotError(f"the snapshot {match.path.name} lacks its settings: {error}") from None
         cache = KVCache.restored(
             shape,
-            replace(settings, **as_read),
+            replace(settings, sinks=sinks, window=window),
             snapshot,
             hot_tokens=plan.hot_tokens,
             threads=self._threads,
-            limit_bytes=plan.kv_limit_bytes,
-            archive=replace(archive, **as_read) if archive else None,
+            limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
+            archive=replace(archive, sinks=sinks, window=window) if archive else None,
         )
         if cache.total_tokens > match.common_tokens:
             cache.forget_from(match.common_tokens)

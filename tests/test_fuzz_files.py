@@ -33,8 +33,8 @@ def test_some_thousand_mutants(tmp_path: Path) -> None:
                           capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["target"]: row for row in map(json.loads, done.stdout.splitlines())}
-    assert set(rows) == {"snapshot", "entropy", "package", "tokenizer"}
-    assert all(0.5 < row["refused"] / row["count"] < 1 for row in rows.values())
+    assert set(rows) == {"snapshot", "entropy", "state", "package", "tokenizer"}
+    assert all(0.4 < row["refused"] / row["count"] < 1 for row in rows.values())
 
 
 def test_mutants_reach_what_lies_behind_the_checksums(script: ModuleType, tmp_path: Path) -> None:

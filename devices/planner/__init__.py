@@ -13,7 +13,9 @@ The hot tier takes the roomiest rung of one ladder that fits: 64 sinks, a window
 shrinking together down to 16, 128 and 768; the chunk is the largest of `CHUNKS` that the window is as long as, or half
 of it. What a person sets stays as it is.
 
-``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens together, however large the memory is.
+``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens of a conversation together, however large
+the memory is. A fork shares all of it but the hot pages it comes to have of its own: the limit of the process has room
+for those of one.
 A scorer's name as the policy keeps a budget and forgets the rest (``pruned``): no archive.
 
 `plan` has the records, `hot` plans without an archive, `archive` those with one.

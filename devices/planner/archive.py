@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -42,10 +43,13 @@ class Split:
         """Hot at once: what has just left the window waits until it can be archived in one step."""
         return self.hot_tokens + self.step_tokens - 1 + self.chunk
 
-    @property
-    def held_tokens(self) -> int:
-        """What there is room for: a fork has a copy of the page that is being filled."""
-        return self.capacity_tokens + ARCHIVE_STEP
+    def fork_bytes(self, costs: Costs) -> int:
+        """Hot pages of a fork, beyond what a conversation may hold, once it shares none with what it was forked from.
+
+        That one goes on holding its window and what waits to be archived, and there is a page that was copied for the
+        fork. The sinks of both are in the archive. These bytes are of the process, not of one conversation's budget.
+        """
+        return (costs.pages(self.hot_tokens - self.sinks + self.step_tokens - 1) + 1) * costs.kv_bytes_per_page
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,13 @@ def archive_needs(costs: Costs, tokens: int, wishes: Wishes, disk_bytes: int) ->
     """What each way to read with an archive takes at least."""
     found = []
     for split in splits(wishes):
-        held = split.held_tokens
+        held = split.capacity_tokens
         fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held))
         pages = _pages(tokens, split)
         for cost in costs.archive:
             for archived in _least_archived(cost, costs, pages, split, disk_bytes):
                 more = archived + pages * costs.digest_page_bytes
-                found.append(Need(fixed + more, costs.kv_bytes(held) + more))
+                found.append(Need(fixed + more + split.fork_bytes(costs), costs.kv_bytes(held) + more))
     return found
 
 
@@ -143,11 +147,11 @@ def _scored(costs: Costs, split: Split) -> Costs:
 
 def _left(work: _Work, split: Split, pages: int) -> int:
     """Bytes that are left of the KV cache's room beside the hot pages and the digests."""
-    held, costs = split.held_tokens, _scored(work.costs, split)
+    held, costs = split.capacity_tokens, _scored(work.costs, split)
     hot = costs.kv_bytes(held)
     scoring = costs.scoring_bytes_per_token * costs.page_tokens * costs.pages(held)
-    room = work.room.beside(costs, split.chunk) - scoring
-    if work.room.budget_bytes is not None:  # which does not pay for scoring
+    room = work.room.beside(costs, split.chunk) - scoring - split.fork_bytes(costs)
+    if work.room.budget_bytes is not None:  # which pays neither for scoring nor for forks
         room = min(room, work.room.budget_bytes)
     return room - hot - pages * costs.digest_page_bytes
 
@@ -164,22 +168,25 @@ def _warm(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
 
 def _on_disk(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
     """As much in RAM as there is room for, the rest on disk."""
+
+    def spare(pages: int) -> int:
+        return _left(work, split, pages) - _recall_bytes(cost, work.costs, split)
+
     pages = _pages(work.tokens, split)
-    spare = _left(work, split, pages) - _recall_bytes(cost, work.costs, split)
-    warm = min(spare // cost.page_bytes, pages)
+    warm = min(spare(pages) // cost.page_bytes, pages)
     if warm < 0 or (pages - warm) * cost.page_bytes > work.disk_bytes:
         return None
-    growth = min(_pages(work.longest_tokens, split), work.disk_bytes // cost.page_bytes) - pages
-    growth = max(min(growth, spare // max(work.costs.digest_page_bytes, 1)), 0)
-    pages += growth
-    warm = min((spare - growth * work.costs.digest_page_bytes) // cost.page_bytes, pages)
+    most = min(_pages(work.longest_tokens, split), work.disk_bytes // cost.page_bytes)
+    growth = range(pages + 1, most + 1)  # digests and recalled tokens grow with it
+    pages += bisect_right(growth, 0, key=lambda grown: -spare(grown))
+    warm = min(spare(pages) // cost.page_bytes, pages)
     return _plan(work, split, cost, "mixed" if warm else "cold", pages, warm_pages=warm)
 
 
 def _plan(
     work: _Work, split: Split, cost: ArchiveCost, placement: Placement, pages: int, *, warm_pages: int
 ) -> Plan:  # fmt: skip
-    costs, held = _scored(work.costs, split), split.held_tokens
+    costs, held = _scored(work.costs, split), split.capacity_tokens
     warm, cold = warm_pages * cost.page_bytes, (pages - warm_pages) * cost.page_bytes
     digests = pages * costs.digest_page_bytes
     recall = _recall_bytes(cost, costs, split) if cold else 0
@@ -188,11 +195,12 @@ def _plan(
         (f"archive in RAM ({cost.codec})", warm),
         ("digests of the archive", digests),
         ("recalled tokens", recall),
+        ("hot pages of a fork", split.fork_bytes(costs)),
     ]
     return Plan(
         limit_bytes=work.room.limit_bytes, chunk=split.chunk, hot_tokens=split.hot_tokens,
         capacity_tokens=split.capacity_tokens, kv_limit_bytes=costs.kv_bytes(held), rows=tuple(rows),
         placement=placement, codec=cost.codec, sinks=split.sinks, window=split.window,
         recall_tokens=split.recall_tokens, archive_tokens=pages * ARCHIVE_PAGE_TOKENS, warm_bytes=warm,
-        cold_bytes=cold, digest_bytes=digests, recall_bytes=recall,
+        cold_bytes=cold, digest_bytes=digests, recall_bytes=recall, fork_bytes=split.fork_bytes(costs),
     )  # fmt: skip

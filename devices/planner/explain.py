@@ -17,11 +17,13 @@ def why(plan: Plan, best_codec: str | None = None) -> str:
         return f"Long texts are read and answered faster from an archive: {_instead(plan)}."
     if plan.full_limit_bytes > plan.limit_bytes:
         needed = format_size(plan.full_limit_bytes, round_up=True)
-        reason = f"The full cache would need {needed} of memory"
+        reason, smaller = f"The full cache would need {needed} of memory", "; neither memory nor disk has room for"
     else:
         reason = "The full cache would fit into the memory, but not into what --kv allows"
-    smaller = f"; neither memory nor disk has room for {best_codec}" if best_codec not in (None, plan.codec) else ""
-    return f"{reason}{smaller}: {instead}."
+        smaller = ", which leaves no room either for"
+    if best_codec not in (None, plan.codec):
+        reason += f"{smaller} {best_codec}"
+    return f"{reason}: {instead}."
 
 
 def _instead(plan: Plan) -> str:

@@ -125,6 +125,7 @@ class Plan:
     cold_bytes: int = 0
     digest_bytes: int = 0
     recall_bytes: int = 0  # recalled tokens in the codec's form, one layer at a time; warm ones are read in place
+    fork_bytes: int = 0  # hot pages that a fork comes to have beside those of what it was forked from
     full_limit_bytes: int = 0  # the smallest limit of the process that would keep the whole cache
     predicted: Prediction | None = None
 
@@ -143,7 +144,7 @@ class Plan:
         hot = tokens if self.hot_tokens is None else min(tokens, self.hot_tokens)
         if self.codec is not None:
             hot += ARCHIVE_STEP // 2
-        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + (self.chunk if self.codec is None else ARCHIVE_STEP))
+        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + (self.chunk if self.codec is None else 0))
         return min(hot_bytes, self.kv_limit_bytes) + self.warm_bytes + self.digest_bytes + self.recall_bytes
 
 

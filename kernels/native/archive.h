@@ -5,6 +5,7 @@
 // attended always. Nothing is ever overwritten: forks share what both had.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>

@@ -197,8 +197,8 @@ void CacheState::write_head(const Archive& archive, const Archive::Head& h, bool
     w.array(h.high_of_cell);
     w.pad();
     for (const auto& tile : h.tiles) {
-      if (!tile->order.empty()) throw std::logic_error("CacheState: pages with an order are not saved yet");
       w.array(tile->data);
+      w.array(tile->order);
     }
   }
   w.number(chosen ? uint32_t(h.recalled.blocks.size()) : 0);
@@ -268,7 +268,7 @@ CacheState::Counts CacheState::read_counts(Reader& r) {
   const ArchiveNumbers expected = numbers_of(cache_->archive_->settings_);
   if (std::memcmp(r.take(sizeof expected), &expected, sizeof expected)) damaged("its archive has other settings");
   const uint32_t end = r.number(), calibrated = r.number(), chosen_at = r.number();
-  if (end > uint32_t(tokens_) || end % kCellTokens || (end && end < uint32_t(cache_->archive_->settings_.sinks)))
+  if (end > uint32_t(tokens_) || end % uint32_t(cache_->archive_->step_tokens()) || (end && end < uint32_t(cache_->archive_->settings_.sinks)))
     damaged("its archive ends at no such position");
   if (next_layer_ && int(end) != archived_until_) damaged("the layers' archives differ in length");
   if (calibrated > 1 || (end && !calibrated)) damaged("its archive has no statistics");
@@ -338,12 +338,25 @@ void CacheState::read_statistics(Archive::Head& h, Reader& r) {
   h.statistics = std::move(statistics);
   auto basis = std::make_shared<DigestBasis>();
   basis->center = r.array<float>(r.number());
-  if (basis->center.size() != (settings.retriever.digest == Digest::kMean ? D * kDigestBlocks : 0))
+  const Digest digest = settings.retriever.digest;
+  if (basis->center.size() != (digest == Digest::kNone ? 0 : D * kDigestBlocks))
     damaged("its digests are of another kind");
-  const uint32_t pairs = r.number(), wanted = uint32_t(std::min(int(D) / 2, std::max(1, settings.retriever.channels)));
-  if (pairs != (settings.retriever.digest == Digest::kChannels ? wanted : 0)) damaged("its digests are of another kind");
+  const uint32_t pairs = r.number();
+  if (pairs != (digest == Digest::kChannels ? uint32_t(settings.retriever.pairs_of(int(D))) : 0))
+    damaged("its digests are of another kind");
   basis->pairs = r.ascending(pairs, 0, int64_t(D / 2), "channels");
   h.basis = std::move(basis);
+}
+
+// Which token lies in each slot of a page: every one once, and the sinks in their places.
+std::vector<uint8_t> CacheState::read_order(int sinks, Reader& r) {
+  const uint8_t* from = r.take(kDigestTokens);
+  std::vector<bool> seen(kDigestTokens);
+  for (int slot = 0; slot < kDigestTokens; ++slot) {
+    if (seen[from[slot]] || (slot < sinks && from[slot] != slot)) damaged("a page's tokens are not in any order");
+    seen[from[slot]] = true;
+  }
+  return {from, from + kDigestTokens};
 }
 
 void CacheState::read_head(Archive::Head& h, const Counts& c, Reader& r) {
@@ -365,6 +378,8 @@ void CacheState::read_head(Archive::Head& h, const Counts& c, Reader& r) {
       from = r.take(digest);
       h.tiles.push_back(std::make_shared<Archive::DigestTile>());
       h.tiles.back()->data.assign(from, from + digest);
+      if (archive.settings_.retriever.clustered())
+        h.tiles.back()->order = read_order(archive.settings_.sinks - block * kBlockTokens, r);
     }
   }
   const uint32_t recalled = r.number();

@@ -39,6 +39,7 @@ class CacheState {
   Counts read_counts(Reader&);
   void read_pages(KVCache::Head&, const Counts&, Reader&);
   void read_statistics(Archive::Head&, Reader&);
+  static std::vector<uint8_t> read_order(int sinks, Reader&);
   void read_head(Archive::Head&, const Counts&, Reader&);
   void place_payload(uint64_t offset);
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ContextLengthError, OptionError
 from ...devices.reporting import Progress
+from ...errors import ContextLengthError, OptionError
 from .answering import OneParagraph, TwoParagraphs
 from .counting import CommonWords, FrequentWords
 from .needles import MULTITURN, NEEDLE, RULER_NEEDLES

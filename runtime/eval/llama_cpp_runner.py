@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ModelError
 from ...devices.reporting import Progress
+from ...errors import ModelError
 from ..engine import Cancelled
 from ..repetition import goes_in_circles
 from .sides import Reply, Talk

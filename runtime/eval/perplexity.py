@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ContextLengthError
 from ...devices.reporting import Progress
+from ...errors import ContextLengthError
 from .results import read_rows, write_rows
 from .sides import Runner
 from .suite import Asked, Item, Suite

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...devices.machine import cores_usable
-from ...errors import ContextLengthError, ModelError, OptionError
 from ...devices.files.cache_folder import cache_folder
+from ...devices.machine import cores_usable
 from ...devices.reporting import Notice, Progress, log_notice, no_progress
+from ...errors import ContextLengthError, ModelError, OptionError
 from ...export.package import Package
 from ...export.resolve import resolve_model
 from ..bench.run import PEER, peer_file

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import OptionError
 from ...devices.reporting import Progress
+from ...errors import OptionError
 from ..model import Options
 from .task import Sample
 

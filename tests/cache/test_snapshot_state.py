@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from satchel.cache import CacheFullError, CacheSettings, CacheShape, KVCache
-from satchel.cache.archive import ArchiveOptions
+from satchel.cache import ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
 from satchel.cache.snapshots import RAW, Snapshot, SnapshotStore, SnapshotWriter, Subject
 from satchel.errors import SnapshotError, StorageError
 
@@ -25,7 +24,8 @@ SHAPE = CacheShape(
 SETTINGS = CacheSettings(sinks=16, window=40, scorer="snapkv")
 SUBJECT = Subject("0123456789abcdef" * 4, "a model", {"any": "settings"}, ("document.txt",))
 ARCHIVE = ArchiveOptions(codec="mikv", retriever="landmark", sinks=16, window=40, recall_tokens=64, recall_every=4,
-                         reach=0, warm_bytes=1 << 30, cold_folder=tempfile.gettempdir(), cold_bytes=1 << 30)  # fmt: skip
+                         reach=0, warm_bytes=1 << 30, cold_folder=tempfile.gettempdir(),
+                         cold_bytes=1 << 30)  # fmt: skip
 KINDS = {  # hot_tokens, archive when it is saved, archive when it is restored
     "full": (None, None, None),
     "forgetting": (100, None, None),
@@ -173,10 +173,11 @@ def test_wrong_contents_are_refused(tmp_path: Path) -> None:
         assert restore("cold", snapshot).total_tokens == 330
         attacks: list[tuple[object, dict[str, bytes | None]]] = [
             ({}, {}), (None, {}), ({"total_tokens": True}, {}), ({"total_tokens": "330"}, {}),
-            ({"total_tokens": 0}, {}), ({"total_tokens": 331}, {}), ({"total_tokens": 329}, {}), (good, {"layer_001": blob[:-1]}),
-            (good, {"layer_001": b""}), (good, {"layer_001": None}), (good, {"payload_001": None}),
-            (good, {"payload_000": None, "payload_001": None}), (good, {"payload_001": b""}),
-            (good, {"payload_000": bytes(payload - 1)}), (good, {"payload_001": bytes(payload + 1)}),
+            ({"total_tokens": 0}, {}), ({"total_tokens": 331}, {}), ({"total_tokens": 329}, {}),
+            (good, {"layer_001": blob[:-1]}), (good, {"layer_001": b""}), (good, {"layer_001": None}),
+            (good, {"payload_001": None}), (good, {"payload_000": None, "payload_001": None}),
+            (good, {"payload_001": b""}), (good, {"payload_000": bytes(payload - 1)}),
+            (good, {"payload_001": bytes(payload + 1)}),
         ]  # fmt: skip
         for extra, changes in attacks:
             path = rewritten(snapshot, tmp_path / "attack", extra=extra, **changes)

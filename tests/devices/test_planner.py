@@ -10,6 +10,7 @@ from satchel.devices.planner import (
     CHUNKS,
     MARGIN_BYTES,
     MARGIN_SHARE,
+    WHOLE_TOKENS,
     ArchiveCost,
     Costs,
     Plan,
@@ -24,7 +25,7 @@ MB = 1 << 20
 # qwen2.5-coder-0.5b: 24 layers with 2 KV heads of 64, bf16 pages of 64 tokens
 COSTS = Costs(
     process_bytes=150 * MB, weight_bytes=630 * MB, scratch_bytes_per_chunk_token=135_000, page_tokens=64,
-    kv_bytes_per_page=48 * 16_640, observed_bytes=3 * MB,
+    kv_bytes_per_page=48 * 16_640, observed_bytes=3 * MB, layers=24,
 )  # fmt: skip
 LEAST = 320
 LIMITS = [round(700 * MB * 1.05**step) for step in range(0, 50)]
@@ -187,17 +188,20 @@ def archived(limit: int, tokens: int = 30_000, disk_bytes: int = 10 * GB, **sett
 @pytest.mark.parametrize(
     ("limit", "tokens", "disk_bytes", "wishes", "placement", "codec"),
     [
-        (2 * GB, 30_000, 10 * GB, {}, "full", None),
-        (2 * GB, 30_000, 0, {}, "full", None),
+        (2 * GB, WHOLE_TOKENS, 10 * GB, {}, "full", None),
+        (2 * GB, WHOLE_TOKENS, 0, {}, "full", None),
+        (8 * GB, WHOLE_TOKENS + 1, 10 * GB, {}, "warm", "q8"),
+        (2 * GB, 30_000, 0, {}, "warm", "q8"),
         (1 * GB, 128_000, 10 * GB, {}, "mixed", "q8"),
         (2 * GB, 10_000, 10 * GB, {"budget_bytes": 90_000_000}, "warm", "q8"),
-        (880_000_000, 30_000, 10 * GB, {}, "mixed", "q8"),
+        (880_000_000, 30_000, 10 * GB, {}, "cold", "q8"),
+        (900_000_000, 30_000, 10 * GB, {}, "mixed", "q8"),
         (1 * GB, 30_000, 0, {}, "warm", "q4"),
         (940_000_000, 30_000, 0, {}, "warm", "q2"),
         (1 * GB, 30_000, 120_000_000, {}, "mixed", "q8"),
         (900_000_000, 30_000, 120_000_000, {}, "mixed", "q4"),
         (8 * GB, 8_192, 10 * GB, {"budget_bytes": 12_500_000}, "cold", "q8"),
-        (8 * GB, 8_192, 0, {"budget_bytes": 30_000_000}, "warm", "q2"),
+        (8 * GB, 8_192, 0, {"budget_bytes": 30_000_000}, "warm", "kvquant3"),
         (8 * GB, 200, 10 * GB, {"budget_bytes": 12_500_000}, "full", None),
     ],
 )  # fmt: skip
@@ -242,7 +246,8 @@ def test_archives_over_a_sweep_of_limits(settings: dict[str, Any], disk_bytes: i
         assert found.warm_bytes == rows[f"archive in RAM ({found.codec})"]
         per_token = next(cost.bytes_per_token for cost in ARCHIVE_COSTS.archive if cost.codec == found.codec)
         assert found.warm_bytes + found.cold_bytes == found.archive_tokens * per_token
-        assert found.recall_bytes == (found.recall_tokens * per_token if found.cold_bytes else 0)
+        recalled = found.recall_tokens * ARCHIVE_COSTS.threads  # of one layer, or of one head on each thread
+        assert found.recall_bytes == (recalled * per_token / 24 if found.cold_bytes else 0)
         assert found.digest_bytes == found.archive_tokens * 204
     assert ranks == sorted(ranks, reverse=True), "more memory has made the placement worse"
 
@@ -273,22 +278,47 @@ def test_a_budget_that_is_too_small_is_named(disk_bytes: int, tokens: int) -> No
 
 
 def test_the_hot_tier_shrinks_with_the_budget() -> None:
-    found = [archived(8 * GB, 30_000, budget_bytes=size) for size in range(11_500_000, 60_000_000, 250_000)]
-    plans = [each for each in found if each]
-    assert len(plans) > 150
+    found = [archived(8 * GB, 30_000, budget_bytes=size) for size in range(10_500_000, 60_000_000, 100_000)]
+    plans = [each for each in found if each and each.codec == "q8"]
+    assert len(plans) > 450
     shapes = [(each.chunk, each.sinks, each.window, each.recall_tokens) for each in plans]
     assert shapes[-1] == (512, 64, 512, 1024)
-    assert shapes[0][2] == 128
+    assert shapes[0][2] is not None
+    assert shapes[0][2] < 160
     assert len(set(shapes)) >= 6
-    for column in range(4):
+    for column in range(1, 4):
         values = [shape[column] for shape in shapes]
         assert values == sorted(values)  # type: ignore[type-var]
+    for window in {each.window or 0 for each in plans}:  # half of a chunk before less of a window
+        chunks = [each.chunk for each in plans if each.window == window]
+        assert chunks == sorted(chunks)
+        assert all(chunk <= window for chunk in chunks)
 
 
 def test_recall_costs_nothing_while_the_archive_is_in_memory() -> None:
-    found = archived(8 * GB, 8_192, budget_bytes=62_000_000)
+    found = archived(8 * GB, 8_192, budget_bytes=72_000_000)
     assert found is not None
     assert (found.placement, found.recall_tokens, found.recall_bytes) == ("warm", 1024, 0)
+
+
+def test_what_is_recalled_from_disk_is_held_for_one_layer() -> None:
+    found = archived(8 * GB, 100_000, budget_bytes=60_000_000)
+    assert found is not None
+    assert found.recall_bytes == 1024 * KV_HEADS * 132 // 24
+
+
+def test_a_fork_has_room_beside_what_it_was_forked_from() -> None:
+    """Both hold a window of their own in the end; the budget bounds one of them, the limit of the process both."""
+    for budget in (12_500_000, 20_000_000, 60_000_000):
+        found = archived(8 * GB, 30_000, budget_bytes=budget)
+        assert found is not None
+        assert found.sinks is not None
+        assert found.hot_tokens is not None
+        before = COSTS.pages(found.hot_tokens - found.sinks + 63)
+        pages = before + COSTS.pages(found.capacity_tokens) + 1  # one is copied when the fork begins inside of it
+        assert found.kv_limit_bytes + found.fork_bytes >= pages * COSTS.kv_bytes_per_page
+        assert found.kv_ram_bytes <= budget
+        assert found.total_bytes >= found.kv_ram_bytes + found.fork_bytes + COSTS.weight_bytes
 
 
 def test_an_archive_has_room_to_grow() -> None:

@@ -7,22 +7,33 @@ from dataclasses import replace
 import pytest
 from satchel.devices.flash import Flash
 from satchel.devices.planner import Plan
-from satchel.devices.roofline import Rates, Work, attended_pairs, estimated_rates, fetch_seconds, predict
+from satchel.devices.roofline import (
+    Rates,
+    Work,
+    attended_pairs,
+    choices,
+    cold_blocks,
+    estimated_rates,
+    fetch_seconds,
+    predict,
+    voters,
+    wanted_tokens,
+)
 
 FULL = Plan(10**9, 512, None, 4096, 10**8, ())
 PRUNED = replace(FULL, chunk=100, hot_tokens=300, placement="pruned")
 COLD = replace(
-    FULL, chunk=128, hot_tokens=256, placement="cold", codec="q8", recall_tokens=256, recall_bytes=256 * 6336,
-    warm_bytes=1_622_016, cold_bytes=50_000_000, digest_bytes=1_700_000,
+    FULL, chunk=128, hot_tokens=256, placement="cold", codec="q8", recall_tokens=256, recall_bytes=256 * 264,
+    warm_bytes=1_622_016, cold_bytes=50_282_496, digest_bytes=1_671_168, archive_tokens=8_192,
 )  # fmt: skip
-WARM = replace(COLD, placement="warm", recall_bytes=0, warm_bytes=51_622_016, cold_bytes=0)
+WARM = replace(COLD, placement="warm", recall_bytes=0, warm_bytes=51_904_512, cold_bytes=0)
 RATES = Rates(0.005, 4e-6, 0.035, 2e-6, True)
 WORK = Work(0.7e9, 4e8, 86_016, 12_480, 48)
 FLASH = Flash(1e9, 1e-4, 65536, True)
 
 
-def seconds(plan: Plan, tokens: int, flash: Flash = FLASH) -> tuple[float, float]:
-    found = predict(plan, tokens, RATES, WORK, flash, threads=2, recall_every=8)
+def seconds(plan: Plan, tokens: int, flash: Flash = FLASH, *, recall_every: int = 8) -> tuple[float, float]:
+    found = predict(plan, tokens, RATES, WORK, flash, recall_every=recall_every)
     return found.read_seconds, found.decode_tokens_per_second
 
 
@@ -41,15 +52,41 @@ def test_reading_the_whole_is_counted_to_the_letter() -> None:
 
 
 def test_flash_costs_and_memory_does_not() -> None:
-    assert fetch_seconds(WARM, WORK, FLASH) == 0
-    assert fetch_seconds(replace(COLD, recall_tokens=0), WORK, FLASH) == 0
+    assert fetch_seconds(WARM, WORK, FLASH, 256) == cold_blocks(WARM, WORK, 256) == 0
+    assert fetch_seconds(COLD, WORK, FLASH, 0) == 0
     # 16 blocks of 48 heads, 2,112 bytes each: one unit and what it straddles
     share = COLD.cold_bytes / (COLD.cold_bytes + COLD.warm_bytes)
-    assert fetch_seconds(COLD, WORK, FLASH) == pytest.approx(768 * share * (8192 / 1e9 + 1e-4 / 8))
+    assert cold_blocks(COLD, WORK, 256) == pytest.approx(768 * share)
+    assert fetch_seconds(COLD, WORK, FLASH, 256) == pytest.approx(768 * share * (8192 / 1e9 + 1e-4 / 8))
     assert seconds(COLD, 8_000)[0] > seconds(WARM, 8_000)[0]
     assert seconds(COLD, 8_000)[1] < seconds(WARM, 8_000)[1]
+    # one choice for 8 tokens: read from the disk once, then again out of the system's file cache
+    blocks, choosing = cold_blocks(COLD, WORK, 256), (8_000 - 256) / 16 * 2e-6
+    disk = fetch_seconds(COLD, WORK, FLASH, 256)
+    expected = 0.035 + 544 * 2e-6 + (choosing + disk) / 8 + blocks * 2e-6 * 7 / 8
+    assert 1 / seconds(COLD, 8_000)[1] == pytest.approx(expected)
+    assert seconds(COLD, 8_000, recall_every=1)[1] < seconds(COLD, 8_000)[1] < seconds(COLD, 8_000, recall_every=32)[1]
     slow = replace(FLASH, latency_seconds=1e-2, bandwidth=1e7)
     assert seconds(COLD, 8_000, slow)[0] > 1.5 * seconds(COLD, 8_000)[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 63, 64, 65, 80, 100, 512])
+def test_choices_against_a_loop(chunk: int) -> None:
+    """As the native code makes them: groups of neighbours, of a long chunk every fourth query has a vote."""
+    each, stride = (16, 4) if chunk > 64 else (4, 1)
+    groups = [range(first, min(first + each, chunk))[::stride] for first in range(0, chunk, each)]
+    assert choices(chunk) == len(groups)
+    assert voters(chunk) == sum(map(len, groups))
+
+
+def test_what_choosing_adds() -> None:
+    """Every voter looks at every digest, of an archive that is half full on the way; more choices want more blocks."""
+    blind = replace(WARM, digest_bytes=0)
+    archived = 8_000 - 256
+    looked = archived / 128 * 32 * archived / 16 / 2
+    assert seconds(WARM, 8_000)[0] - seconds(blind, 8_000)[0] == pytest.approx(looked * 4e-6)
+    assert 256 < wanted_tokens(replace(COLD, chunk=64)) < wanted_tokens(replace(COLD, chunk=512)) < 1024
+    assert wanted_tokens(replace(COLD, chunk=1)) == 256
 
 
 def test_an_archive_pays_at_length() -> None:

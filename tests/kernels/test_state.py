@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from satchel import kernels
-from satchel.cache.archive import ArchiveOptions
+from satchel.cache import ArchiveOptions
 from satchel.cache.codecs import codec_names
+from satchel.cache.retrievers import retriever_names
 
 Array = NDArray[Any]
 LAYERS, HEADS, KV_HEADS, SIZE = 2, 4, 2, 16
@@ -52,10 +53,10 @@ def read(cache: kernels.KVCache, first: int, tokens: int, seed: int = 0) -> Arra
     return np.stack(outs)
 
 
-def archive_all(cache: kernels.KVCache, tokens: int) -> None:
+def archive_all(cache: kernels.KVCache, tokens: int, step: int = CELL) -> None:
     """Archives in two steps, so that there are several extents; some archived tokens stay hot, too."""
     until = (tokens - WINDOW) // CELL * CELL
-    for end in (CELL, until):
+    for end in (CELL, until) if step == CELL else (until,):
         blocks = (end - cache.archived_until) // 16
         scores = np.random.default_rng(end).normal(size=(LAYERS, KV_HEADS, blocks)).astype(np.float32)
         cache.archive(end, scores)
@@ -157,6 +158,21 @@ def test_archive(codec: str, place: str, tmp_path: Path) -> None:
         for mine, theirs in zip(twin.read_archive(1, 1), cache.read_archive(1, 1), strict=True):
             np.testing.assert_array_equal(mine, theirs)
         check_equal_future(cache, twin, 300)
+
+
+@pytest.mark.parametrize("warm", [COLD, WARM])
+@pytest.mark.parametrize("retriever", retriever_names())
+def test_retrievers(retriever: str, warm: int, tmp_path: Path) -> None:
+    archive = replace(ARCHIVE, retriever=retriever)
+    cache = kernels.KVCache(**shape(archive))
+    read(cache, 0, 600)
+    cache.archive(512)
+    cache.drop_archived()
+    read(cache, 600, 1)
+    saved = save(cache, 601, tmp_path / "file")
+    with restored(saved, shape(replace(archive, warm_bytes=warm))) as twin:
+        assert [twin.save_layer(layer) for layer in range(LAYERS)] == saved.blobs
+        check_equal_future(cache, twin, 601)
 
 
 @pytest.mark.parametrize("warm", [COLD, WARM])
@@ -292,7 +308,8 @@ def test_an_error_of_the_reader_comes_through(tmp_path: Path) -> None:
 
 HOSTILE = {
     "hot": (None, 70), "archive": (ARCHIVE, 170), "mikv": (replace(ARCHIVE, codec="mikv"), 170),
-    "kvquant3": (replace(ARCHIVE, codec="kvquant3"), 170),
+    "kvquant3": (replace(ARCHIVE, codec="kvquant3"), 170), "channels": (replace(ARCHIVE, retriever="channels"), 170),
+    "centroid": (replace(ARCHIVE, retriever="centroid"), 300),
 }  # fmt: skip
 
 
@@ -302,7 +319,7 @@ def hostile_case(name: str, folder: Path) -> tuple[Saved, dict[str, Any]]:
     cache = kernels.KVCache(**options)
     read(cache, 0, tokens)
     if archive:
-        archive_all(cache, tokens)
+        archive_all(cache, tokens, archive.step_tokens)
         read(cache, tokens, 1)  # blocks are chosen
         tokens += 1
     return save(cache, tokens, folder / "file"), options

@@ -355,7 +355,7 @@ def test_a_failed_run_leaves_the_conversation_usable(model: Model, recorder: Rec
 
 
 def test_a_question_that_does_not_fit(load_tiny: Load, recorder: Recorder) -> None:
-    model = load_tiny({**EXACT, "context_length": 512}, kv=FP32)
+    model = load_tiny({**EXACT, "context_length": 512}, kv=FP32, policy="full")
     with model.read_text(DOCUMENT) as context:
         before = context.tokens
         message = r"the question has [\d,]+ tokens but [\d,]+ of the model's 512 are left"
@@ -367,7 +367,7 @@ def test_a_question_that_does_not_fit(load_tiny: Load, recorder: Recorder) -> No
 
 
 def test_an_answer_that_fills_the_context(load_tiny: Load, recorder: Recorder) -> None:
-    model = load_tiny({**EXACT, "context_length": 512}, kv=FP32)
+    model = load_tiny({**EXACT, "context_length": 512}, kv=FP32, policy="full")
     with model.read_text(DOCUMENT) as context:
         for seed in range(20):
             answer = context.ask("Go on.", max_new_tokens=1000, temperature=1.0, seed=seed)
@@ -382,7 +382,7 @@ def test_an_answer_that_fills_the_context(load_tiny: Load, recorder: Recorder) -
 
 def test_a_budget_for_everything_is_the_full_cache(load_tiny: Load) -> None:
     full = load_tiny(EXACT, kv=FP32, policy="full")
-    budget = load_tiny(EXACT, kv={**FP32, "hot_tokens": 1000, "chunk": 64})
+    budget = load_tiny(EXACT, kv={**FP32, "hot_tokens": 1000, "chunk": 64}, policy="snapkv")
     with full.read_text(DOCUMENT) as one, budget.read_text(DOCUMENT) as other:
         assert other.plan.hot_tokens == 1000
         assert (one.policy, other.policy) == ("full", "snapkv")
@@ -394,9 +394,9 @@ def test_a_budget_for_everything_is_the_full_cache(load_tiny: Load) -> None:
 
 @pytest.mark.parametrize("scorer", scorer_names())
 def test_a_budget_bounds_what_is_held(load_tiny: Load, scorer: str) -> None:
-    kv = {**FP32, "hot_tokens": 128, "sinks": 4, "window": 16, "chunk": 64, "scorer": scorer}
+    kv = {**FP32, "hot_tokens": 128, "sinks": 4, "window": 16, "chunk": 64}
     notices: list[str] = []
-    model = load_tiny(EXACT, kv=kv, notice=notices.append)
+    model = load_tiny(EXACT, kv=kv, policy=scorer, notice=notices.append)
     with model.read_text(DOCUMENT) as context:
         assert any("128 of" in line and scorer in line for line in notices)
         assert context.kv["hot_tokens"] == 128
@@ -410,8 +410,8 @@ def test_a_budget_bounds_what_is_held(load_tiny: Load, scorer: str) -> None:
 @pytest.mark.parametrize("scorer", ["recency", "snapkv"])
 def test_forks_inside_a_budget(load_tiny: Load, scorer: str) -> None:
     """Pruning writes into shared pages: there must be room for the copies, or an error that says so."""
-    kv = {**FP32, "hot_tokens": 128, "sinks": 4, "window": 16, "chunk": 64, "scorer": scorer}
-    model = load_tiny(EXACT, kv=kv)
+    kv = {**FP32, "hot_tokens": 128, "sinks": 4, "window": 16, "chunk": 64}
+    model = load_tiny(EXACT, kv=kv, policy=scorer)
     with model.read_text(DOCUMENT) as context:
         branch = context.fork()
         branch.ask("Who?", max_new_tokens=5)
@@ -428,10 +428,10 @@ def outgrown(model: Model, capacity: int) -> Context:
 
 
 @pytest.mark.parametrize("scorer", scorer_names())
-def test_a_conversation_that_outgrows_its_plan_is_pruned(load_tiny: Load, scorer: str) -> None:
+def test_a_conversation_that_outgrows_its_plan_without_a_disk_is_pruned(load_tiny: Load, scorer: str) -> None:
     kv = {**FP32, "sinks": 4, "window": 16, "scorer": scorer}
     notices: list[str] = []
-    model = load_tiny(EXACT, kv=kv, notice=notices.append)
+    model = load_tiny(EXACT, kv=kv, disk="0", notice=notices.append)
     with outgrown(model, 560) as context:
         assert context.policy == "full"
         answer = context.ask(LONG_QUESTION, max_new_tokens=20)

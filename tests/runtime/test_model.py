@@ -155,14 +155,16 @@ def test_a_policy_by_name_is_a_scorer_with_a_budget(load_tiny: Load) -> None:
 # --- limits
 
 
-def test_a_document_longer_than_the_model(load_tiny: Load) -> None:
-    model = load_tiny({"context_length": 128})
+@pytest.mark.parametrize("policy", ["full", "snapkv"])
+def test_a_document_longer_than_the_model(load_tiny: Load, policy: str) -> None:
+    model = load_tiny({"context_length": 128}, policy=policy)
     with pytest.raises(ContextLengthError) as caught:
         model.read_text("x" * 500)
     numbers = re.findall(r"\d+", str(caught.value).replace(model.name, ""))
     assert numbers[1:] == ["128"] or "128" in numbers
     assert int(numbers[0]) > 500
     assert "\n" not in str(caught.value)
+    assert f"with policy {policy}; use policy auto" in str(caught.value)
     model.read_text("x" * 60).close()
 
 
