@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from satchel.cache import ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
+from satchel.cache import ArchiveOptions, CacheSettings, CacheShape, KVCache
 from satchel.cache.archive import round_up
 from satchel.cache.codecs import codec_names, find_codec
 from satchel.cache.scorers import scorer_names
+from satchel.errors import StorageError
 
 Array = NDArray[Any]
 LAYERS, HEADS, KV_HEADS, SIZE = 2, 4, 2, 32
@@ -216,7 +217,7 @@ def test_a_missing_folder_is_an_error_and_changes_nothing(tmp_path: Path) -> Non
     options = replace(OPTIONS, warm_bytes=0, cold_folder=str(tmp_path / "cold"), cold_bytes=UNLIMITED)
     with opened(options) as cache:
         read(cache, 300)
-        with pytest.raises(CacheFullError, match="cannot make a file in"):
+        with pytest.raises(StorageError, match="old tokens cannot be kept on disk: cannot make a file in"):
             cache.demote()
         assert (cache.held_tokens(), cache.usage().warm_bytes) == (300, 0)
         (tmp_path / "cold").mkdir()
