@@ -197,7 +197,8 @@ void Archive::spill() {
 
 void Archive::truncate(int until) {
   if (until >= end_) return;
-  cells_ = until < settings_.sinks ? 0 : until / step_tokens() * (step_tokens() / kCellTokens);
+  cells_ = until / step_tokens() * (step_tokens() / kCellTokens);
+  if (cells_ * kCellTokens < settings_.sinks) cells_ = 0;
   end_ = cells_ * kCellTokens;
   trim();
 }
@@ -229,10 +230,17 @@ void Archive::trim() {
       h.high_of_cell.resize(cells_);
       h.tiles.resize(std::min(h.tiles.size(), size_t(pages())));
       h.recalled = Recalled();
-      if (end_ == 0) h.sinks.clear();
+      if (end_ > 0) continue;
+      h.sinks.clear();
+      h.statistics.reset();  // what comes first next time is measured anew
+      h.basis.reset();
     }
-    layer.chosen_at = -1;
   }
+  forget_choices();
+}
+
+void Archive::forget_choices() {
+  for (Layer& layer : layers_) layer.chosen_at = -1;
 }
 
 void Archive::fetch(const Layer& layer, const Head& h, int kv_head, int block, uint8_t* out) const {
@@ -297,31 +305,53 @@ void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, i
                    std::min(kDigestBlocks, blocks() - page * kDigestBlocks)});
 }
 
+// The sinks and what is recalled may lie beyond `last` when `reach` is too small for them.
+int32_t Archive::seen_until(int32_t last) const {
+  return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kDigestTokens);
+}
+
 bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }
+bool Archive::lost(int cell) const {
+  return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return extent_of(layer, cell).lost(); });
+}
 
 Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vector<int32_t>& chosen) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
   Recalled now;
-  now.blocks = chosen;
   size_t cold = 0;
   for (int32_t block : chosen) {
-    const bool in_place = extent_of(layer, block / kCellBlocks).memory != nullptr;
+    const Extent& extent = extent_of(layer, block / kCellBlocks);
+    if (extent.lost()) continue;
+    const bool in_place = extent.memory != nullptr;
+    now.blocks.push_back(block);
     now.at.push_back(in_place ? -1 : int32_t(cold));
     if (!in_place) cold += bytes_of(h, block);
   }
   now.bytes.resize(cold);
   const Recalled& before = h.recalled;
-  for (size_t i = 0; i < chosen.size(); ++i) {
+  for (size_t i = 0; i < now.blocks.size(); ++i) {
     if (now.at[i] < 0) continue;
-    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), chosen[i]) - before.blocks.begin());
-    const bool known = j < before.blocks.size() && before.blocks[j] == chosen[i] && before.at[j] >= 0;
-    if (known && before.at[j] + bytes_of(h, chosen[i]) <= before.bytes.size())
-      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, chosen[i]));
+    const int32_t block = now.blocks[i];
+    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), block) - before.blocks.begin());
+    const bool known = j < before.blocks.size() && before.blocks[j] == block && before.at[j] >= 0;
+    if (known && before.at[j] + bytes_of(h, block) <= before.bytes.size())
+      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, block));
     else
-      fetch(layer, h, kv_head, chosen[i], now.bytes.data() + now.at[i]);
+      fetch(layer, h, kv_head, block, now.bytes.data() + now.at[i]);
   }
   return now;
+}
+
+bool Archive::holds(int layer_index, int kv_head) const {
+  const Layer& layer = layers_[layer_index];
+  const Head& h = layer.heads[kv_head];
+  for (size_t i = 0; i < h.recalled.blocks.size(); ++i) {
+    const int32_t block = h.recalled.blocks[i], at = h.recalled.at[i];
+    if (at < 0 ? !extent_of(layer, block / kCellBlocks).memory : at + bytes_of(h, block) > h.recalled.bytes.size())
+      return false;
+  }
+  return true;
 }
 
 void Archive::note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks) { head(layer, kv_head).expected = blocks; }
@@ -330,8 +360,7 @@ void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
   Recalled& recalled = head(layer, kv_head).recalled;
   recalled = chosen;
   const uint64_t share = settings_.held_limit_bytes / (layers_.size() * layers_[0].heads.size());
-  recalled.complete = chosen.bytes.size() <= share;
-  if (recalled.complete) return;
+  if (chosen.bytes.size() <= share) return;
   size_t kept = 0;  // whole blocks
   for (size_t i = 0; i < chosen.blocks.size(); ++i)
     if (chosen.at[i] >= 0 && chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]) <= share)
@@ -353,10 +382,15 @@ void Archive::expect(int layer_index) const {
     }
 }
 
-void Archive::sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const {
+void Archive::sink_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
+                          std::vector<StoredBlock>& out) const {
   const Head& h = head(layer, kv_head);
-  for (int at = 0; at < settings_.sinks; at += kBlockTokens)
-    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at, 0, nullptr});
+  for (int at = 0; at < settings_.sinks; at += kBlockTokens) {
+    uint16_t hidden = 0;
+    for (int t = 0; t < kBlockTokens && !hot_positions.empty(); ++t)
+      if (std::binary_search(hot_positions.begin(), hot_positions.end(), at + t)) hidden |= uint16_t(1) << t;
+    out.push_back({h.sinks.data() + at / kBlockTokens * half_bytes_, &h.half, first_seen(last) + at, hidden, nullptr});
+  }
 }
 
 void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const Recalled& source,

@@ -5,7 +5,6 @@
 // attended always. Nothing is ever overwritten: forks share what both had.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -72,7 +71,8 @@ class Archive {
   void trim();  // forgets what append_layer stored and finish_append has not confirmed
   // Forgets the steps that hold positions >= until; all of them when it lies among the sinks.
   void truncate(int until);
-  // Decodes positions [from, until) of a head, both multiples of 16: keys before RoPE, values [tokens, D].
+  // Decodes positions [from, until) of a head, from a multiple of 16: keys before RoPE, values [tokens, D]. What was lost
+  // reads as the codec's zeros.
   void read(int layer, int kv_head, int from, int until, float* keys, float* values) const;
 
   // Digest pages of a head, for scoring; `ropes` has one row of 2 * half for each page.
@@ -85,29 +85,32 @@ class Archive {
     std::vector<int32_t> blocks;          // ascending
     std::vector<uint8_t> bytes;           // of those that came from a file, block by block
     std::vector<int32_t> at;              // offset into bytes; -1: read in place; past the end: not held
-    bool complete = true;                 // nothing has to be read again
   };
-  // Blocks (ascending) with the bytes of those that lie in the file, as far as they are not held already.
+  // Blocks (ascending) with the bytes of those that lie in the file, as far as they are not held already. Lost ones are
+  // left out.
   Recalled gather(int layer, int kv_head, const std::vector<int32_t>& chosen) const;
   // Keeps a choice for the decode steps to come, and as many of its bytes as the limit allows for a head.
   void hold(int layer, int kv_head, const Recalled& chosen);
   const Recalled& recalled(int layer, int kv_head) const { return head(layer, kv_head).recalled; }
+  // Whether the choice can be read as it is. Not so when a part is not held, or a fork has moved blocks to the file.
+  bool holds(int layer, int kv_head) const;
   bool available(int layer, int block) const;  // false: its cell was lost
+  bool lost(int cell) const;                   // in any layer
+  void forget_choices();                       // the next query chooses anew
   // The tokens of a page's slots, as distances from its first position; null: in order.
   const uint8_t* order(int layer, int kv_head, int page) const { return order_of(head(layer, kv_head), page); }
   // While the device is slow: tells the system which file ranges this layer chose last. The next choice is near it.
   void expect(int layer) const;
   void note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks);
   // What attention reads, moved inside `reach` of position `last`: the sinks, and the blocks in `source`.
-  void sink_blocks(int layer, int kv_head, int32_t last, std::vector<StoredBlock>& out) const;
+  // `hot_positions` (ascending) are attended in the hot tier: they are hidden here.
+  void sink_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
+                   std::vector<StoredBlock>& out) const;
   void recalled_blocks(int layer, int kv_head, int32_t last, const Recalled& source,
                        const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const;
   // Where a page is to be scored, seen from a query at `last`.
   int32_t seen_position(int page, int32_t last) const;
-  // All positions that sinks and recalled blocks are seen at lie below this one.
-  int32_t seen_end(int32_t last) const {
-    return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kDigestTokens);
-  }
+  int32_t seen_until(int32_t last) const;  // all positions that attention sees are below this
 
   size_t sink_bytes() const;
   size_t recalled_bytes() const;

@@ -28,8 +28,8 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
   for (const Head& head : layer.heads)  // pages are skipped by their first and last position
     if (head.tokens && position_of(head, head.tokens - 1) > positions[0])
       throw std::invalid_argument("positions must ascend: the cache holds later ones already");
-  if (positions[0] < archived_until()) throw std::invalid_argument("positions must ascend: the archive holds later ones");
   prepare_rope(s, positions, tokens, frequencies);
+  if (positions[0] < archived_until()) throw std::invalid_argument("positions must ascend: the archive holds later ones");
   const int D = shape_.head_size, KV = shape_.kv_heads, G = shape_.heads / KV, half = s.rope_dims / 2;
   observe(layer, queries, tokens);
   work_.queries.resize(size_t(tokens) * shape_.heads * D);
@@ -114,7 +114,7 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
   std::vector<std::vector<StoredBlock>> sinks(KV);
   for (int kv = 0; kv < KV; ++kv) {
     const Head& head = layer.heads[kv];
-    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), sinks[kv]);
+    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), archived_positions(head), sinks[kv]);
     for (size_t p = 0; p < head.pages.size(); ++p) {
       const Page& page = *head.pages[p];
       pages[kv].push_back({page.keys(), page.values(), page.positions(),
@@ -147,7 +147,7 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
 void KVCache::prepare_archive_rope(const AttentionSettings& s, int last) {
   Workspace& w = work_;
   const int half = s.rope_dims / 2, pages = archive_->pages();
-  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, archive_->seen_end(last));
+  w.table.prepare(w.rope_frequencies.data(), half, s.rope_attention_factor, archive_->seen_until(last));
   if (w.page_ropes_last == last && w.page_ropes_factor == s.rope_attention_factor &&
       w.page_ropes_frequencies == w.rope_frequencies && w.page_ropes.size() == size_t(pages) * 2 * half)
     return;  // as another layer of this run had it
@@ -227,16 +227,20 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
   });
 }
 
+// Those hot tokens that the archive has, too.
+std::vector<int32_t> KVCache::archived_positions(const Head& head) const {
+  std::vector<int32_t> positions;
+  for (int t = 0; t < head.tokens && position_of(head, t) < archived_until(); ++t)
+    positions.push_back(position_of(head, t));
+  return positions;
+}
+
 // The queries of a chunk attend to the blocks of their choice; a single query to the blocks that were chosen last.
 void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, const std::vector<Choice>& choices,
                               float* out, const Parallel& parallel) {
   const int KV = shape_.kv_heads, G = shape_.heads / KV, rows = tokens * G, last = work_.positions.back();
   std::vector<std::vector<int32_t>> still_hot(KV);
-  for (int kv = 0; kv < KV; ++kv) {
-    const Head& head = layers_[s.layer].heads[kv];
-    for (int t = 0; t < head.tokens && position_of(head, t) < archive_->end(); ++t)
-      still_hot[kv].push_back(position_of(head, t));
-  }
+  for (int kv = 0; kv < KV; ++kv) still_hot[kv] = archived_positions(layers_[s.layer].heads[kv]);
   const auto attend = [&](int kv, int split, int first_row, int last_row, const Archive::Recalled& source) {
     std::vector<StoredBlock> blocks;
     archive_->recalled_blocks(s.layer, kv, last, source, still_hot[kv], blocks);
@@ -262,20 +266,22 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
     return;
   }
   std::vector<Archive::Recalled> gathered(KV);
+  std::vector<char> held(KV, 0);
   parallel(size_t(KV), [&](size_t index) {
     const int kv = int(index);
     if (!choices.empty()) {
       gathered[kv] = archive_->gather(s.layer, kv, choices[kv].blocks);
       archive_->hold(s.layer, kv, gathered[kv]);
       archive_->note_choice(s.layer, kv, choices[kv].blocks);
-    } else if (const Archive::Recalled& held = archive_->recalled(s.layer, kv); !held.complete) {
-      gathered[kv] = archive_->gather(s.layer, kv, held.blocks);
+    } else if (archive_->holds(s.layer, kv)) {
+      held[kv] = 1;
+    } else {
+      gathered[kv] = archive_->gather(s.layer, kv, archive_->recalled(s.layer, kv).blocks);
     }
   });
   parallel(size_t(splits) * KV, [&](size_t index) {
     const int kv = int(index / splits);
-    const Archive::Recalled& held = archive_->recalled(s.layer, kv);
-    attend(kv, int(index % splits), 0, G, choices.empty() && held.complete ? held : gathered[kv]);
+    attend(kv, int(index % splits), 0, G, held[kv] ? archive_->recalled(s.layer, kv) : gathered[kv]);
   });
 }
 

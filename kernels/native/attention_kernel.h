@@ -179,6 +179,7 @@ inline void turn_block(const RopeView& rope, const float* base, const uint8_t* o
 
 // The rotation to `position` without the attention factor, which `inside` brings.
 inline void rotation_at(const RopeView& rope, int32_t position, float* out) {
+  if (rope.half == 0) return;
   const float* step = rope.steps + size_t(position / RopeTable::kStep) * 2 * rope.half;
   const int inside = position % RopeTable::kStep;
   const float unit = 1.0f / std::max(rope.inside[0], 1e-30f);  // cos 0 times the factor

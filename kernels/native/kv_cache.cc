@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <unordered_map>
 
 #include "rotate.h"
@@ -126,6 +127,7 @@ void KVCache::commit() {
   }
 }
 void KVCache::rollback() {
+  if (archive_) archive_->forget_choices();  // a run that did not happen may have chosen
   for (Layer& layer : layers_) {
     for (Head& head : layer.heads) truncate(head, head.committed);
     if (!layer.observing) continue;
@@ -135,7 +137,9 @@ void KVCache::rollback() {
   }
 }
 void KVCache::forget_from(int position) {
+  position = std::max(position, 0);
   if (position < archived_until()) return_to_hot(position);
+  if (archive_) archive_->forget_choices();
   const size_t row = size_t(shape_.heads) * shape_.head_size;
   for (Layer& layer : layers_) {
     for (Head& head : layer.heads) {
@@ -240,7 +244,17 @@ void KVCache::retain_layer(int layer, const int32_t* kept, int count) {
 
 void KVCache::archive_until(int until, const float* block_scores, const Parallel& parallel) {
   if (!archive_) throw std::invalid_argument("this KV cache has no archive");
-  const size_t scores = size_t(shape_.kv_heads) * std::max(until - archive_->end(), 0) / kBlockTokens;
+  if (until <= archive_->end() || until % archive_->step_tokens() || until < archive_->settings().sinks)
+    throw std::invalid_argument("archive: pairs come in whole steps of " + std::to_string(archive_->step_tokens()) +
+                                " tokens, the first ones with all sinks");
+  for (const Layer& layer : layers_)
+    for (const Head& head : layer.heads) {
+      const int first = first_at(head, archive_->end()), tokens = until - archive_->end();
+      if (tokens > head.tokens - first || position_of(head, first) != archive_->end() ||
+          position_of(head, first + tokens - 1) != until - 1)
+        throw std::invalid_argument("archive: not all tokens before `until` are hot");
+    }
+  const size_t scores = size_t(shape_.kv_heads) * (until - archive_->end()) / kBlockTokens;
   try {
     for (int layer = 0; layer < shape_.layers; ++layer)
       archive_layer(layer, until, block_scores ? block_scores + layer * scores : nullptr, parallel);
@@ -261,8 +275,6 @@ void KVCache::archive_layer(int layer_index, int until, const float* block_score
     const Head& head = layer.heads[kv];
     Archive::Incoming& in = heads[kv];
     const int first = first_at(head, from);
-    if (first + tokens > head.tokens || position_of(head, first) != from || position_of(head, first + tokens - 1) != until - 1)
-      throw std::logic_error("KVCache: what is to be archived is not hot");
     in.keys.resize(size_t(tokens) * D);
     in.values.resize(size_t(tokens) * D);
     std::vector<int32_t> positions(tokens);
@@ -314,16 +326,21 @@ void KVCache::drop_archived() {
     }
 }
 
-// Forgets what the archive has from `position` on, and takes the window before it back into the hot tier.
+// Forgets what the archive has from `position` on, and takes the window before it back into the hot tier: as far as
+// nothing of it was lost, except for the cell that `position` lies in. All layers, or, when pages run out, none.
 void KVCache::return_to_hot(int position) {
   const ArchiveSettings& settings = archive_->settings();
-  int from = std::max(0, position - settings.window) / archive_->step_tokens() * archive_->step_tokens();
+  const int step = archive_->step_tokens();
+  int from = std::max(0, position - settings.window) / step * step;
+  for (int cell = from / kCellTokens; (cell + 1) * kCellTokens <= position; ++cell)
+    if (archive_->lost(cell)) from = ((cell + 1) * kCellTokens + step - 1) / step * step;
+  if (from > position) from = position / step * step;
   if (from < settings.sinks) from = 0;
   const int D = shape_.head_size, used = position - from;
-  const int tokens = (used + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
-  std::vector<float> keys(size_t(tokens) * D), values(size_t(tokens) * D), rope;
+  std::vector<float> keys(size_t(used) * D), values(size_t(used) * D), rope;
   std::vector<int32_t> positions(used);
   for (int i = 0; i < used; ++i) positions[i] = from + i;
+  expect_room(used);
   for (size_t l = 0; l < layers_.size(); ++l) {
     Layer& layer = layers_[l];
     const int half = int(layer.frequencies.size());
@@ -332,13 +349,26 @@ void KVCache::return_to_hot(int position) {
       rope_at(positions[i], layer.frequencies, layer.attention_factor, rope.data() + size_t(i) * 2 * half);
     for (size_t kv = 0; kv < layer.heads.size(); ++kv) {
       Head& head = layer.heads[kv];
-      archive_->read(int(l), int(kv), from, from + tokens, keys.data(), values.data());
+      archive_->read(int(l), int(kv), from, position, keys.data(), values.data());
       truncate(head, 0);  // what was hot before `from` is in the archive, too; heads must hold equally many
       append(head, keys.data(), values.data(), D, positions.data(), used, rope.data(), half);
       head.committed = head.tokens;
     }
   }
   archive_->truncate(from);
+}
+
+// Throws OutOfPages when the limit has no room for `tokens` in every head, in place of what they hold.
+void KVCache::expect_room(int tokens) const {
+  size_t freed = 0, heads = 0;
+  for (const Layer& layer : layers_)
+    for (const Head& head : layer.heads) {
+      ++heads;
+      for (const auto& page : head.pages) freed += page.use_count() == 1;
+    }
+  const size_t limit = pool_->limit_bytes(), page = pool_->page_bytes();
+  const size_t needed = heads * (size_t(tokens + kPageTokens - 1) / kPageTokens);
+  if (limit && pool_->used_bytes() + needed * page > limit + freed * page) throw OutOfPages(limit);
 }
 
 int KVCache::tokens(int layer, int kv_head) const { return layers_.at(layer).heads.at(kv_head).tokens; }

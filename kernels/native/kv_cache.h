@@ -90,6 +90,7 @@ class KVCache {
   void archive_layer(int layer, int until, const float* block_scores, const Parallel&);
   std::vector<float> observed_energy(const Layer&, int kv_head) const;
   void return_to_hot(int position);
+  void expect_room(int tokens) const;
   int prepare_retain(Head&, const int32_t* kept, int count);
   Page& writable(Head&, int page);
   void truncate(Head&, int tokens);
@@ -100,6 +101,7 @@ class KVCache {
   void read_range(const Head&, int first, int count, float* keys, float* values, int32_t* positions) const;
   void prepare_rope(const AttentionSettings&, const int64_t* positions, int tokens, const float* frequencies);
   void observe(Layer&, const float* queries, int tokens);
+  std::vector<int32_t> archived_positions(const Head&) const;
   int splits_for(int rows, bool recall) const;
   AttentionTask task_of(const AttentionSettings&, int kv, int split, int first_row, int last_row, int rows);
   void copy_rows(const AttentionTask&, int kv, int first_row, float* out) const;

@@ -385,8 +385,7 @@ void CacheState::read_head(Archive::Head& h, const Counts& c, Reader& r) {
   const uint32_t recalled = r.number();
   if (recalled && c.chosen_at < 0) damaged("blocks are recalled that nobody has chosen");
   h.recalled.blocks = r.ascending(recalled, sink_blocks, blocks, "recalled blocks");
-  h.recalled.at.assign(h.recalled.blocks.size(), -1);
-  h.recalled.complete = recalled == 0;  // their bytes are read when they are needed
+  h.recalled.at.assign(h.recalled.blocks.size(), -1);  // what lies in the file is read when it is needed
 }
 
 // The whole archive of a layer is one extent: in memory while the limit allows, otherwise where it lies in the file.

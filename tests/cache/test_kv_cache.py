@@ -124,6 +124,7 @@ def test_usage_counts_pages_and_tokens() -> None:
     with opened("recency", hot_tokens=64) as cache:
         assert cache.usage().to_json() == {
             "hot_bytes": 0, "warm_bytes": 0, "cold_bytes": 0, "digest_bytes": 0, "hot_tokens": 0, "total_tokens": 0,
+            "lost_tokens": 0, "flash_bytes_read": 0,
         }  # fmt: skip
         read(cache, 65)
         page = native(cache).page_bytes

@@ -172,10 +172,10 @@ def test_commit_makes_it_last() -> None:
     assert_same(snapshot(cache), before)
 
 
-def test_clear_starts_over() -> None:
+def test_forgetting_everything_starts_over() -> None:
     cache = make(observed_queries=4)
     fill(cache, 2, 100)
-    cache.clear()
+    cache.forget_from(0)
     assert cache.pool_bytes == cache.bytes == 0
     assert [cache.tokens(0, 0), len(cache.observed(0)[1])] == [0, 0]
     np.testing.assert_array_equal(append(cache, 0, 0, 5), append(make(), 0, 0, 5))
@@ -354,7 +354,7 @@ def test_using_a_closed_cache_is_an_error() -> None:
     cache.close()
     assert cache.closed
     for use in (
-        lambda: append(cache, 0, 5, 1), cache.fork, cache.commit, cache.rollback, cache.clear,
+        lambda: append(cache, 0, 5, 1), cache.fork, cache.commit, cache.rollback, lambda: cache.forget_from(0),
         lambda: cache.tokens(0, 0), lambda: cache.read(0, 0), lambda: cache.observed(0),
         lambda: cache.retain(0, 0, np.zeros(0, np.int32)), lambda: cache.bytes, lambda: cache.pool_bytes,
         lambda: cache.page_bytes,
