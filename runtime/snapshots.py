@@ -69,7 +69,7 @@ class DocumentSnapshots:
         usage = cache.usage()
         if usage.lost_tokens:  # a snapshot would lack them too, when there is room again
             return
-        extra = {"total_tokens": cache.total_tokens, "sinks": settings.sinks, "window": settings.window}
+        extra = {"total_tokens": cache.total_tokens, "sinks": settings.sinks}
         try:
             self._store.save(
                 subject, ids, cache.sections(), bytes_needed=usage.memory_bytes + usage.cold_bytes, extra=extra,
@@ -89,20 +89,23 @@ class DocumentSnapshots:
     ) -> KVCache:
         extra = match.entry.extra
         try:
-            sinks, window = int(extra["sinks"]), int(extra["window"])
+            sinks = int(extra["sinks"])
         except (KeyError, TypeError, ValueError) as error:
             raise SnapshotError(f"the snapshot {match.path.name} lacks its settings: {error}") from None
+        # The first tokens lie as they were read; the window is this plan's, which has room for no other.
+        hot_tokens = None if plan.hot_tokens is None else plan.hot_tokens - settings.sinks + sinks
         cache = KVCache.restored(
             shape,
-            replace(settings, sinks=sinks, window=window),
+            replace(settings, sinks=sinks),
             snapshot,
-            hot_tokens=plan.hot_tokens,
+            hot_tokens=hot_tokens,
             threads=self._threads,
             limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
-            archive=replace(archive, sinks=sinks, window=window) if archive else None,
+            archive=replace(archive, sinks=sinks) if archive else None,
         )
         if cache.total_tokens > match.common_tokens:
             cache.forget_from(match.common_tokens)
+        cache.demote()
         return cache
 
 
@@ -110,7 +113,8 @@ def _held(settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None) -
     """All that changes what a cache holds after reading, except how much of it is hot: that is in the snapshot."""
     held: dict[str, Any] = {"version": STATE_VERSION, "storage": settings.storage}
     if plan.hot_tokens is None:
-        return held | {"kind": "full"}
+        outgrown = {"codec": archive.codec, "retriever": archive.retriever} if archive else {}
+        return held | {"kind": "full"} | outgrown
     if archive is None:
         return held | {
             "kind": "pruned", "scorer": settings.scorer, "hot_tokens": plan.hot_tokens, "sinks": settings.sinks,

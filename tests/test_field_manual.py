@@ -17,10 +17,15 @@ import numpy as np
 import pytest
 import satchel
 from satchel import cli, kernels
+from satchel.cache import KVUsage
+from satchel.cache.archive import BLOCK_TOKENS
 from satchel.cache.scorers import LayerView, find_scorer, scorer_names
 from satchel.cache.settings import CacheSettings
-from satchel.devices import machine
-from satchel.devices.planner import CHUNKS, Costs, Wishes, make_plan
+from satchel.devices import machine, roofline
+from satchel.devices.flash import DEFAULT_SHARE
+from satchel.devices.planner import CHUNKS, WHOLE_TOKENS, Costs, Wishes, make_plan
+from satchel.devices.planner.archive import RECALL
+from satchel.devices.planner.plan import ARCHIVE_STEP
 from satchel.export.architectures import ARCHITECTURES, read_model
 from satchel.export.blocks import CARRIED, BlockFormat, BlockTensor
 from satchel.export.exporter import BITS, FLAVOURS
@@ -223,6 +228,15 @@ def test_cache_settings() -> None:
     says(6, f"sets the budget to {model.NAMED_POLICY_HOT_TOKENS:,}")
 
 
+def test_the_archive() -> None:
+    says(5, f"no more than {WHOLE_TOKENS:,} tokens and fit whole")
+    says(6, f"in steps of {ARCHIVE_STEP} tokens", f"blocks of {BLOCK_TOKENS} tokens", "its mean key, in 8 bits")
+    says(6, f"every {roofline.QUERIES_PER_CHOICE} of its queries", f"one for every {roofline.QUERIES_OF_SHORT_CHUNK};")
+    says(6, f"after every {CacheSettings().recall_every} tokens", f"{RECALL[1]:,} when there is room")
+    says(6, f"no fewer than {RECALL[0]} unless", "a tenth of the free space")
+    assert (CacheSettings().retriever, DEFAULT_SHARE) == ("landmark", 10)
+
+
 def test_scorers() -> None:
     table = {row[0].strip("`"): row[1:] for row in rows(section(7))}
     assert tuple(table) == scorer_names()
@@ -309,6 +323,7 @@ def test_keys_of_answers() -> None:
     named = {key for row in rows(section(15)) for key in re.findall(r"`(\w+)`", row[0])}
     usage = set(context.Usage.__dataclass_fields__)
     assert named == usage | {"question", "answer", "model"}
+    says(15, *(f"`{key}`" for key in KVUsage(0, 0, 0).to_json()))
 
 
 def test_errors() -> None:

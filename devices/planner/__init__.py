@@ -103,7 +103,7 @@ def make_plan(
         else:
             plan = pruned_plan(costs, room, least_hot_tokens, wishes, chunks)
     if plan is not None:
-        return replace(plan, full_limit_bytes=whole.limit_bytes)
+        return replace(plan, full_limit_bytes=whole.limit_bytes, is_long=not whole_fits_best)
     if keep_everything:
         needs = [whole]
     elif archive:

@@ -13,8 +13,8 @@ def why(plan: Plan, best_codec: str | None = None) -> str:
     instead = _instead(plan)
     if plan.placement == "pruned":
         return f"The policy asks for a budget, not for the full cache: {instead}."
-    if plan.archive_tokens and plan.full_limit_bytes <= plan.limit_bytes and not plan.cold_bytes:
-        return f"Long texts are read and answered faster from an archive: {_instead(plan)}."
+    if plan.is_long and plan.full_limit_bytes <= plan.limit_bytes and not plan.cold_bytes:
+        return f"Long texts are read and answered faster from an archive: {instead}."
     if plan.full_limit_bytes > plan.limit_bytes:
         needed = format_size(plan.full_limit_bytes, round_up=True)
         reason, smaller = f"The full cache would need {needed} of memory", "; neither memory nor disk has room for"

@@ -127,6 +127,7 @@ class Plan:
     recall_bytes: int = 0  # recalled tokens in the codec's form, one layer at a time; warm ones are read in place
     fork_bytes: int = 0  # hot pages that a fork comes to have beside those of what it was forked from
     full_limit_bytes: int = 0  # the smallest limit of the process that would keep the whole cache
+    is_long: bool = False  # longer than `WHOLE_TOKENS`: an archive is faster than the whole cache, even where that fits
     predicted: Prediction | None = None
 
     @property

@@ -191,7 +191,7 @@ def test_ctrl_c_stops_an_answer(document: Path, patient: Path) -> None:
         process.send_signal(signal.SIGINT)
         begun = time.monotonic()
         _, error = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 10, (code, text)
+    assert time.monotonic() - begun < 10
     assert process.returncode == 130
     assert error == "satchel: stopped\n"
 
@@ -208,7 +208,7 @@ def test_ctrl_c_while_standard_input_is_read(document: Path, tiny: Path) -> None
         process.send_signal(signal.SIGINT)
         begun = time.monotonic()
         assert process.wait(60) == 130  # though the pipe stays open and the reader blocked
-        assert time.monotonic() - begun < 10, (code, text)
+        assert time.monotonic() - begun < 10
         assert process.stderr is not None
         assert process.stderr.read() == "satchel: stopped\n"
 

@@ -113,7 +113,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any, patient: Pat
         screen.send("\x03")
         begun = time.monotonic()
         screen.wait_for("(stopped)")
-        assert time.monotonic() - begun < 10, (code, text)
+        assert time.monotonic() - begun < 10
         screen.wait_for("> ")
     screen.send("/kv\n")
     assert "hot for each head" in screen.wait_for("> ")

@@ -362,3 +362,13 @@ def test_what_is_held_after_reading() -> None:
     beside = found.warm_bytes + found.digest_bytes + found.recall_bytes
     assert found.held_bytes(8_192) == pytest.approx(beside + 608 * COSTS.kv_bytes_per_page / 64, rel=0.02)
     assert found.held_bytes(8_192) < found.kv_ram_bytes
+
+
+def test_the_reason_is_the_length_only_where_it_is() -> None:
+    long = archived(8 * GB, WHOLE_TOKENS + 1, 0)
+    short = archived(8 * GB, WHOLE_TOKENS, 0, budget_bytes=75_000_000)
+    assert long is not None
+    assert short is not None
+    assert (long.placement, short.placement) == ("warm", "warm")
+    assert "Long texts are read and answered faster" in why(long, "q8")
+    assert "not into what --kv allows" in why(short, "q8")

@@ -26,6 +26,12 @@ ON_DISK = "400KB"  # a budget of the tiny model's cache, which takes 840 KB for 
 IN_MEMORY = {"budget_bytes": "800KB", "codec": "grouped4"}
 
 
+@pytest.fixture
+def load(load_tiny: Load) -> Load:
+    """``load_tiny`` without snapshots: every test reads for itself."""
+    return lambda *arguments, **options: load_tiny(*arguments, **{"cache": False, **options})
+
+
 def memory_of(context: Context) -> int:
     return sum(context.kv[f"{tier}_bytes"] for tier in ("hot", "warm", "digest"))
 
@@ -35,8 +41,8 @@ def memory_of(context: Context) -> int:
     [({"budget_bytes": "250KB"}, "cold"), ({"budget_bytes": ON_DISK}, "cold"), (IN_MEMORY, "warm")],
     ids=["250KB", ON_DISK, "memory"],
 )
-def test_reading_and_asking_stay_inside_the_budget(load_tiny: Load, kv: dict[str, str], placement: str) -> None:
-    model = load_tiny(EXACT, kv=kv)
+def test_reading_and_asking_stay_inside_the_budget(load: Load, kv: dict[str, str], placement: str) -> None:
+    model = load(EXACT, kv=kv)
     sizes = []
     with model.read_text(DOCUMENT) as context:
         assert (context.policy, context.plan.placement) == ("recall", placement)
@@ -55,8 +61,8 @@ def test_reading_and_asking_stay_inside_the_budget(load_tiny: Load, kv: dict[str
     assert max(sizes) <= parse_size(kv["budget_bytes"])
 
 
-def test_a_document_is_read_chunk_by_chunk(load_tiny: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_tiny(EXACT, kv={"budget_bytes": ON_DISK})
+def test_a_document_is_read_chunk_by_chunk(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(EXACT, kv={"budget_bytes": ON_DISK})
     held: list[int] = []
     original = KVCache.demote
 
@@ -74,26 +80,27 @@ def test_a_document_is_read_chunk_by_chunk(load_tiny: Load, monkeypatch: pytest.
         assert max(held) <= plan.hot_tokens + 63
 
 
-def test_everything_recalled_is_nearly_the_full_cache(load_tiny: Load) -> None:
-    """With room to recall the whole archive, encoded in 8 bits, the logits are those of the whole cache but for that."""
+def test_everything_recalled_is_nearly_the_full_cache(load: Load) -> None:
+    """With room to recall the whole archive the logits are those of the whole cache, but for its 8 bits."""
     text = DOCUMENT[:1200]
     kv = {"hot_tokens": 192, "sinks": 16, "window": 176, "chunk": 64, "codec": "q8", "recall_tokens": 2048}
-    with load_tiny(EXACT, policy="full").read_text(text) as whole, load_tiny(EXACT, kv=kv).read_text(text) as recalled:
+    full, recall = load(EXACT, policy="full"), load(EXACT, kv=kv)
+    with full.read_text(text) as whole, recall.read_text(text) as recalled:
         assert (whole.policy, recalled.policy) == ("full", "recall")
         assert recalled.kv["hot_tokens"] < whole.kv["hot_tokens"] / 3
         ids = whole._turn_ids(QUESTION)
         expected, got = whole.append(ids), recalled.append(ids)
         assert abs(got - expected).max() < 0.05 * (expected.max() - expected.min())
     kv["recall_tokens"] = 0
-    with load_tiny(EXACT, kv=kv).read_text(text) as blind:  # which the comparison notices
+    with load(EXACT, kv=kv).read_text(text) as blind:  # which the comparison notices
         assert abs(blind.append(ids) - expected).max() > 0.1 * (expected.max() - expected.min())
 
 
-def test_forks_and_second_turns(load_tiny: Load) -> None:
+def test_forks_and_second_turns(load: Load) -> None:
     def asked(context: Context) -> str:
         return context.ask("And then?", max_new_tokens=30, **LIVELY).text
 
-    model = load_tiny(EXACT, kv={"budget_bytes": ON_DISK})
+    model = load(EXACT, kv={"budget_bytes": ON_DISK})
     with model.read_text(DOCUMENT) as context:
         before = context.kv
         found = []
@@ -108,9 +115,9 @@ def test_forks_and_second_turns(load_tiny: Load) -> None:
 
 
 @pytest.mark.parametrize("budget", ["200KB", "250KB", ON_DISK, "900KB"])
-def test_a_fork_does_not_run_out_of_memory_beside_what_it_was_forked_from(load_tiny: Load, budget: str) -> None:
+def test_a_fork_does_not_run_out_of_memory_beside_what_it_was_forked_from(load: Load, budget: str) -> None:
     """Both come to have a window of their own: an answer of a fork must not be cut for it."""
-    model = load_tiny(EXACT, kv={"budget_bytes": budget})
+    model = load(EXACT, kv={"budget_bytes": budget})
     with model.read_text(DOCUMENT) as context:
         branch = context.fork()
         for seed in range(4):
@@ -120,9 +127,9 @@ def test_a_fork_does_not_run_out_of_memory_beside_what_it_was_forked_from(load_t
         assert context.ask("Who?", max_new_tokens=5).usage.finish_reason in ("stop", "length")
 
 
-def test_longer_than_the_model_was_trained_for(load_tiny: Load) -> None:
+def test_longer_than_the_model_was_trained_for(load: Load) -> None:
     options = {**EXACT, "context_length": 512}
-    with load_tiny(options, kv={"budget_bytes": ON_DISK}).read_text(DOCUMENT) as context:
+    with load(options, kv={"budget_bytes": ON_DISK}).read_text(DOCUMENT) as context:
         assert context.tokens > 5 * 512
         for question in (QUESTION, "And then?"):
             answer = context.ask(question, max_new_tokens=20, **LIVELY)
@@ -131,12 +138,12 @@ def test_longer_than_the_model_was_trained_for(load_tiny: Load) -> None:
         assert context.kv["total_tokens"] > 5 * 512
     for policy in ("full", "snapkv"):
         with pytest.raises(ContextLengthError, match=rf"at most 512 with policy {policy}; use policy auto"):
-            load_tiny(options, policy=policy).read_text(DOCUMENT)
+            load(options, policy=policy).read_text(DOCUMENT)
 
 
-def test_a_long_text_goes_to_the_archive_however_large_the_memory_is(load_tiny: Load) -> None:
+def test_a_long_text_goes_to_the_archive_however_large_the_memory_is(load: Load) -> None:
     notices: list[str] = []
-    model = load_tiny({**EXACT, "context_length": 32_768}, notice=notices.append)
+    model = load({**EXACT, "context_length": 32_768}, notice=notices.append)
     assert model.plan(WHOLE_TOKENS).placement == "full"
     assert model.plan(WHOLE_TOKENS + 1).placement == "warm"
     with model.read_text(DOCUMENT * 3) as context:
@@ -145,26 +152,26 @@ def test_a_long_text_goes_to_the_archive_however_large_the_memory_is(load_tiny: 
     assert line.startswith("Long texts are read and answered faster from an archive: ")
 
 
-def test_without_a_disk_the_archive_lies_in_memory_or_the_error_names_what_would_do(load_tiny: Load) -> None:
-    with load_tiny(EXACT, disk="0", kv={"budget_bytes": ON_DISK}).read_text(DOCUMENT) as context:
+def test_without_a_disk_the_archive_lies_in_memory_or_the_error_names_what_would_do(load: Load) -> None:
+    with load(EXACT, disk="0", kv={"budget_bytes": ON_DISK}).read_text(DOCUMENT) as context:
         assert (context.policy, context.plan.placement, context.plan.codec) == ("recall", "warm", "grouped3")
         context.ask(QUESTION, max_new_tokens=20)
         assert context.kv["cold_bytes"] == context.kv["flash_bytes_read"] == context.kv["lost_tokens"] == 0
         assert memory_of(context) <= parse_size(ON_DISK)
     with pytest.raises(MemoryLimitError, match=r"give --disk more") as caught:
-        load_tiny(EXACT, disk="0", kv={"budget_bytes": "150KB"}).read_text(DOCUMENT)
+        load(EXACT, disk="0", kv={"budget_bytes": "150KB"}).read_text(DOCUMENT)
     message = str(caught.value)
     assert message.startswith("kv budget_bytes=150KB is too little for ")
     assert "\n" not in message
     named = re.search(r": ([\d.]+KB) would do", message)
     assert named
-    with load_tiny(EXACT, disk="0", kv={"budget_bytes": named[1]}).read_text(DOCUMENT) as context:
+    with load(EXACT, disk="0", kv={"budget_bytes": named[1]}).read_text(DOCUMENT) as context:
         assert context.ask("Who?", max_new_tokens=3).usage.new_tokens > 0
 
 
-def test_a_whole_cache_that_outgrows_its_memory_is_archived(load_tiny: Load) -> None:
+def test_a_whole_cache_that_outgrows_its_memory_is_archived(load: Load) -> None:
     notices: list[str] = []
-    model = load_tiny(EXACT, kv={"sinks": 4, "window": 16}, notice=notices.append)
+    model = load(EXACT, kv={"sinks": 4, "window": 16}, notice=notices.append)
     with model.read_text(DOCUMENT[:600]) as context:
         assert (context.policy, notices) == ("full", [])
         context.plan = replace(context.plan, capacity_tokens=context.tokens + 100, chunk=64)
@@ -177,9 +184,9 @@ def test_a_whole_cache_that_outgrows_its_memory_is_archived(load_tiny: Load) -> 
     assert line.startswith("the memory limit is reached: 20 tokens stay hot from here on")
 
 
-def test_notices_are_told_once(load_tiny: Load) -> None:
+def test_notices_are_told_once(load: Load) -> None:
     notices: list[str] = []
-    model = load_tiny(EXACT, kv={"budget_bytes": ON_DISK}, notice=notices.append)
+    model = load(EXACT, kv={"budget_bytes": ON_DISK}, notice=notices.append)
     with model.read_text(DOCUMENT) as context:
         for _ in range(3):
             context.ask("Who?", max_new_tokens=30)
@@ -188,10 +195,10 @@ def test_notices_are_told_once(load_tiny: Load) -> None:
     assert "the others are kept as q8 on disk" in line
 
 
-def test_a_disk_that_is_full_loses_tokens_and_says_so(load_tiny: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_loses_tokens_and_says_so(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversation goes on with what there is."""
     notices: list[str] = []
-    model = load_tiny(EXACT, kv={"budget_bytes": ON_DISK}, notice=notices.append)
+    model = load(EXACT, kv={"budget_bytes": ON_DISK}, notice=notices.append)
     archive_of = Model._archive_of
 
     def with_a_small_disk(model: Model, plan: Any) -> Any:
@@ -214,8 +221,8 @@ def test_a_disk_that_is_full_loses_tokens_and_says_so(load_tiny: Load, monkeypat
     assert f"{lost:,} of {read:,} tokens" in told[0]
 
 
-def test_a_cold_folder_that_is_a_file(load_tiny: Load, tmp_path: Path) -> None:
-    model = load_tiny(EXACT, kv={"budget_bytes": ON_DISK}, cache_dir=tmp_path)
+def test_a_cold_folder_that_is_a_file(load: Load, tmp_path: Path) -> None:
+    model = load(EXACT, kv={"budget_bytes": ON_DISK}, cache_dir=tmp_path)
     cold_folder(tmp_path).write_text("not a folder")
     with pytest.raises(StorageError) as caught:
         model.read_text(DOCUMENT)
@@ -224,9 +231,9 @@ def test_a_cold_folder_that_is_a_file(load_tiny: Load, tmp_path: Path) -> None:
     assert not model._contexts
 
 
-def test_a_cold_folder_that_cannot_be_written(load_tiny: Load, tmp_path: Path) -> None:
+def test_a_cold_folder_that_cannot_be_written(load: Load, tmp_path: Path) -> None:
     """It is there when the reading begins, and takes no file when the first tokens leave the hot tier."""
-    model = load_tiny(EXACT, kv={"budget_bytes": ON_DISK}, cache_dir=tmp_path)
+    model = load(EXACT, kv={"budget_bytes": ON_DISK}, cache_dir=tmp_path)
 
     def take_away(stage: str, done: int, total: int | None) -> None:
         del stage, total
@@ -241,10 +248,45 @@ def test_a_cold_folder_that_cannot_be_written(load_tiny: Load, tmp_path: Path) -
     assert not model._contexts
 
 
-def test_nothing_is_left_on_the_disk(load_tiny: Load, tmp_path: Path) -> None:
-    model = load_tiny(EXACT, kv={"budget_bytes": ON_DISK}, cache_dir=tmp_path)
+def test_nothing_is_left_on_the_disk(load: Load, tmp_path: Path) -> None:
+    model = load(EXACT, kv={"budget_bytes": ON_DISK}, cache_dir=tmp_path)
     with model.read_text(DOCUMENT) as context:
         assert context.kv["cold_bytes"] > 0
         if os.name == "posix":  # a file without a name
             assert list(cold_folder(tmp_path).iterdir()) == []
     assert list(cold_folder(tmp_path).iterdir()) == []
+
+
+# --- Reopened
+
+
+def test_a_snapshot_reopens_in_less_memory_than_it_was_read_in(load_tiny: Load, tmp_path: Path) -> None:
+    """The window is the new plan's: what was hot beyond it goes to the archive."""
+    kv = {"codec": "q8"}
+    large = load_tiny(EXACT, kv={**kv, "budget_bytes": "700KB"}, cache_dir=tmp_path)
+    with large.read_text(DOCUMENT) as context:
+        assert not context.reopened
+        held = context.kv["hot_tokens"]
+    small = load_tiny(EXACT, kv={**kv, "budget_bytes": "350KB"}, cache_dir=tmp_path)
+    with small.read_text(DOCUMENT) as context:
+        assert context.reopened
+        assert context.kv["hot_tokens"] < held
+        assert memory_of(context) <= 350_000
+        branch = context.fork()
+        for seed in range(3):
+            usage = branch.ask(QUESTION, max_new_tokens=200, temperature=20.0, seed=seed).usage
+            assert usage.finish_reason in ("stop", "length")
+            assert memory_of(branch) <= 350_000
+    with load_tiny(EXACT, kv={**kv, "budget_bytes": "700KB"}, cache_dir=tmp_path).read_text(DOCUMENT) as context:
+        assert context.reopened
+        context.ask(QUESTION, max_new_tokens=20)
+
+
+def test_whole_caches_with_and_without_an_archive_to_be_are_told_apart(load_tiny: Load, tmp_path: Path) -> None:
+    notices: list[str] = []
+    for options in ({}, {"policy": "full"}, {"disk": "0"}, {"kv": {"codec": "grouped4"}}, {}):
+        model = load_tiny(EXACT, cache_dir=tmp_path, notice=notices.append, **options)
+        with model.read_text(DOCUMENT) as context:
+            assert context.policy == "full"
+    assert context.reopened
+    assert [line for line in notices if "snapshot" in line] == []
