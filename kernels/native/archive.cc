@@ -307,7 +307,7 @@ void Archive::digests(int layer, int kv_head, const std::vector<float>& ropes, i
 
 // The sinks and what is recalled may lie beyond `last` when `reach` is too small for them.
 int32_t Archive::seen_until(int32_t last) const {
-  return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kBlockTokens);
+  return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kDigestTokens);
 }
 
 bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }

@@ -5,7 +5,6 @@
 // attended always. Nothing is ever overwritten: forks share what both had.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>

@@ -66,7 +66,7 @@ class Talk:
 
     @property
     def scale(self) -> float:
-        return self.size**-0.5
+        return float(self.size**-0.5)
 
     def fork(self) -> Talk:
         twin = object.__new__(Talk)
@@ -668,9 +668,7 @@ def test_a_full_file(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     """The system refuses to let a file grow (RLIMIT_FSIZE: Python ignores the signal)."""
     cell = 2 * 64 * 2 * 16 * 2
-    talk = Talk(
-        archive={"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED}
-    )
+    talk = Talk(archive={"warm_limit_bytes": 0, "cold_folder": str(tmp_path), "cold_limit_bytes": UNLIMITED})
     talk.read(500)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * cell + cell // 2, before[1]))

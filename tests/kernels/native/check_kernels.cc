@@ -1,13 +1,14 @@
 // The kernels against obvious loops, without Python: for a compiler or a CPU that has no Python at hand.
 //
 //   g++ -std=c++17 -O2 -DSATCHEL_VARIANT=baseline -Ikernels/native tests/kernels/native/check_kernels.cc
-//       kernels/native/{variant,kv_cache,page_pool}.cc
+//       kernels/native/{variant,kv_cache,attend,archive,codec,clusters,flash_file,page_pool,retriever,rope_table}.cc
 //
 // tests/kernels/test_native.py does it with every variant that the machine has, and for arm64 where a cross compiler and
 // qemu-user are installed.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -78,22 +79,50 @@ void check_linear(int bits, int block, bool has_min, int rows) {
          worst / largest, 1e-2);  // 8-bit activations; 16-bit ones are a hundred times better
 }
 
-// Attention over chunks of 37 tokens against one softmax in double.
-void check_attention(Storage storage, int window, double limit) {
-  const int heads = 4, kv_heads = 2, size = 32, tokens = 150, chunk = 37;
+// Attention over chunks of 37 tokens against one softmax in double. With an archive what is older than a window of 64
+// tokens goes there, as `codec` has it, and `recall` of it come back: everything, or the block that queries ask for.
+struct Case {
+  std::string name;
+  Storage storage;
+  int window;
+  double limit;
+  int recall = -1;  // no archive
+  Codec codec = {};
+};
+
+void check_attention(const Case& c) {
+  const int heads = 4, kv_heads = 2, size = 32, tokens = 260, chunk = 37, needle = 5;
+  const bool asked = c.recall >= 0 && c.recall < tokens;
   const float scale = 0.2f;
-  KVCache cache({1, heads, kv_heads, size, storage, 2, 0, 0});
-  const auto q = random_floats(tokens * heads * size), k = random_floats(tokens * kv_heads * size),
-             v = random_floats(tokens * kv_heads * size);
+  std::shared_ptr<ArchiveSettings> archive;
+  if (c.recall >= 0) {
+    archive = std::make_shared<ArchiveSettings>();
+    archive->high = archive->low = c.codec;
+    archive->retriever.digest = Digest::kMean;
+    archive->sinks = 16;
+    archive->recall_tokens = c.recall;
+    archive->warm_limit_bytes = 1 << 30;
+  }
+  KVCache cache({1, heads, kv_heads, size, c.storage, 2, 0, 0, archive});
+  auto q = random_floats(tokens * heads * size), k = random_floats(tokens * kv_heads * size),
+       v = random_floats(tokens * kv_heads * size);
   std::vector<float> out(q.size()), frequencies(size / 2);
   std::vector<int64_t> positions(tokens);
-  for (int i = 0; i < size / 2; ++i) frequencies[i] = std::pow(1e4f, -i / float(size / 2));
+  for (int i = 0; i < size / 2; ++i) frequencies[i] = std::pow(1e4f, -i / float(size / 2)) * (asked ? 1e-4f : 1.0f);
+  if (asked) {
+    for (int i = needle * 16 * kv_heads * size; i < (needle + 1) * 16 * kv_heads * size; ++i) k[i] += 2.0f;
+    for (float& x : q) x += 2.0f;
+  }
   for (int t = 0; t < tokens; ++t) positions[t] = t;
   for (int t = 0; t < tokens; t += chunk) {
-    cache.attend({0, scale, 0, window, size, 1.0f}, &q[t * heads * size], &k[t * kv_heads * size],
+    cache.attend({0, scale, 0, c.window, size, 1.0f}, &q[t * heads * size], &k[t * kv_heads * size],
                  &v[t * kv_heads * size], &positions[t], std::min(chunk, tokens - t), frequencies.data(),
                  &out[t * heads * size], serial);
     cache.commit();
+    const int until = (t - 64) / 64 * 64;
+    if (!archive || until <= cache.archived_until()) continue;
+    cache.archive_until(until, nullptr, serial);
+    cache.drop_archived();
   }
   const auto rotated = [&](const float* x, int position, double* to) {
     for (int i = 0; i < size / 2; ++i) {
@@ -103,11 +132,11 @@ void check_attention(Storage storage, int window, double limit) {
     }
   };
   double worst = 0;
-  for (int t = 0; t < tokens; ++t)
+  for (int t = asked ? 128 : 0; t < tokens; ++t)
     for (int h = 0; h < heads; ++h) {
       double query[size], key[size], sum[size] = {}, total = 0;
       rotated(&q[(t * heads + h) * size], t, query);
-      for (int u = window ? std::max(0, t - window + 1) : 0; u <= t; ++u) {
+      for (int u = c.window ? std::max(0, t - c.window + 1) : 0; u <= t; ++u) {
         rotated(&k[(u * kv_heads + h / 2) * size], u, key);
         double logit = 0;
         for (int i = 0; i < size; ++i) logit += query[i] * key[i];
@@ -120,9 +149,7 @@ void check_attention(Storage storage, int window, double limit) {
         worst = error > worst || std::isnan(error) ? error : worst;
       }
     }
-  report(std::string("attention ") + (storage == Storage::kFloat32 ? "fp32" : "bf16") + ", window " +
-             std::to_string(window),
-         worst, limit);
+  report(c.name, worst, c.limit);
 }
 
 }  // namespace
@@ -134,9 +161,14 @@ int main() {
       for (int block : {16, 32})
         for (bool has_min : {false, true})
           if (bits < 8 || !has_min) check_linear(bits, block, has_min, rows);
-  for (int window : {0, 20}) {
-    check_attention(Storage::kFloat32, window, 1e-6);
-    check_attention(Storage::kBfloat16, window, 1e-2);
-  }
+  constexpr int kAll = 1 << 20;
+  for (const Case& c : {Case{"attention fp32", Storage::kFloat32, 0, 1e-6},
+                        Case{"attention fp32, window 20", Storage::kFloat32, 20, 1e-6},
+                        Case{"attention bf16", Storage::kBfloat16, 0, 1e-2},
+                        Case{"attention bf16, window 20", Storage::kBfloat16, 20, 1e-2},
+                        Case{"archive of halves, all recalled", Storage::kFloat32, 0, 2e-3, kAll, {16, 16, false, 0, false}},
+                        Case{"archive of 8 bits, all recalled", Storage::kFloat32, 0, 2e-2, kAll, {8, 8, false, 0, false}},
+                        Case{"archive of halves, a block recalled", Storage::kFloat32, 0, 1e-2, 16, {16, 16, false, 0, false}}})
+    check_attention(c);
   return failures != 0;
 }
