@@ -312,7 +312,10 @@ def test_made_up_prose_is_the_same_every_time(tiny: Path, cache_dir: Path) -> No
 @pytest.mark.parametrize(
     ("more", "kind", "message"),
     [
-        ({"context": 481}, ContextLengthError, "more than the 512 tokens that the model .* reads; give 480 or less"),
+        (
+            {"context": 481, "policy": "full"}, ContextLengthError,
+            "more than the 512 tokens that the model .* reads; give 480 or less",
+        ),
         ({"context": 0}, OptionError, "context is 0 and runs is 3; give 1 or more"),
         ({"runs": 0}, OptionError, "runs is 0"),
         ({"policy": "best"}, OptionError, "policy 'best' is not known"),
