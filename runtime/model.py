@@ -300,8 +300,7 @@ class Model:
     def open_context(
         self, tokens: int, *, has_document: bool = True, has_system: bool = False, ids: Sequence[int] = ()
     ) -> Context:
-        """A conversation with a plan for ``tokens`` tokens and an answer: empty, or with what a snapshot has of ``ids``.
-        """
+        """A conversation planned for ``tokens`` tokens and an answer: empty, or with what a snapshot has of ``ids``."""
         plan = self._plan(min(tokens + ANSWER_ROOM, self.longest_tokens))
         self._has_run = True
         if plan.codec is not None:
