@@ -12,7 +12,7 @@ from ..cache.snapshots import Match, Snapshot, SnapshotStore, Subject, settings_
 from ..devices.files.cache_folder import cache_folder, snapshots_folder
 from ..devices.planner import Plan
 from ..devices.reporting import Notice
-from ..errors import SnapshotError, StorageError
+from ..errors import OptionError, SnapshotError, StorageError
 
 LEAST_TOKENS = 512  # fewer are read faster than they are looked for
 STATE_VERSION = 1  # of what the numbers in a snapshot mean; another version's are not opened
@@ -50,8 +50,8 @@ class DocumentSnapshots:
                 return self._restored(match, snapshot, shape, settings, plan, archive)
         except CacheFullError:  # saved with more memory than there is now
             return None
-        except SnapshotError as error:
-            self._notice(f"{error}; the document is read again")
+        except (SnapshotError, OptionError) as error:  # an option out of range can only come from a foreign file
+            self._notice(f"the snapshot {match.path.name} cannot be used: {error}; the document is read again")
             return None
 
     def save(
@@ -72,7 +72,7 @@ class DocumentSnapshots:
         extra = {"total_tokens": cache.total_tokens, "sinks": settings.sinks}
         try:
             self._store.save(
-                subject, ids, cache.sections(), bytes_needed=usage.memory_bytes + usage.cold_bytes, extra=extra,
+                subject, ids, cache.sections(), bytes_needed=cache.snapshot_bytes(), extra=extra,
                 threads=self._threads,
             )  # fmt: skip
         except StorageError as error:
@@ -91,7 +91,9 @@ class DocumentSnapshots:
         try:
             sinks = int(extra["sinks"])
         except (KeyError, TypeError, ValueError) as error:
-            raise SnapshotError(f"the snapshot {match.path.name} lacks its settings: {error}") from None
+            raise SnapshotError(f"it lacks its settings: {error}") from None
+        if not 0 <= sinks <= match.tokens:
+            raise SnapshotError(f"it has {sinks} sinks of {match.tokens} tokens")
         # The first tokens lie as they were read; the window is this plan's, which has room for no other.
         hot_tokens = None if plan.hot_tokens is None else plan.hot_tokens - settings.sinks + sinks
         cache = KVCache.restored(
