@@ -36,7 +36,7 @@ class CacheSettings:
     codec: str | None = None
     retriever: str = "landmark"
     recall_tokens: int | None = None
-    recall_every: int = 8
+    recall_every: int = 2
 
     def __post_init__(self) -> None:
         retrievers = (*retriever_names(), "none")
