@@ -133,10 +133,13 @@ def _environment(temporary: Path) -> dict[str, str]:
 
 
 def _largest_file(folder: Path) -> int:
+    """The size of the largest wheel below ``folder``, while pip makes, renames and removes files and folders there."""
     largest = 0
-    for path in folder.rglob("*.whl*"):
-        with contextlib.suppress(OSError):  # pip renames and removes while we look
-            largest = max(largest, path.stat().st_size)
+    for parent, _, names in os.walk(folder):  # which passes over folders that went away; Path.rglob raises
+        for name in names:
+            if ".whl" in name:
+                with contextlib.suppress(OSError):
+                    largest = max(largest, (Path(parent) / name).stat().st_size)
     return largest
 
 

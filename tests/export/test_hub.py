@@ -27,6 +27,7 @@ from satchel.export.hub import (
     fetch,
     find,
     hub_source,
+    index_source,
 )
 from satchel.export.hub.download import fetch_entry, is_verified
 from satchel.export.hub.registry import HubFile, IndexMember
@@ -539,3 +540,26 @@ def test_real_documents(real_document: Callable[[str], Path], name: str, start: 
     monkeypatch.undo()
     assert start in real_document(name).read_bytes()[:2000]
     assert (real_document("policy.html") / "index.html").is_file()
+
+
+def test_looking_at_the_growing_wheel_survives_folders_that_vanish(tmp_path: Path) -> None:
+    """pip removes its unpacking folders at any moment, also between their listing and a look inside."""
+    wheel = tmp_path / "wheels" / "a-1.0.whl"
+    wheel.parent.mkdir()
+    wheel.write_bytes(bytes(1000))
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            folder = tmp_path / "temporary" / "pip-unpack"
+            folder.mkdir(parents=True)
+            folder.rmdir()
+            folder.parent.rmdir()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert {index_source._largest_file(tmp_path) for _ in range(2000)} == {1000}
+    finally:
+        stop.set()
+        thread.join()
