@@ -310,7 +310,16 @@ int32_t Archive::seen_until(int32_t last) const {
   return std::max(last + 1, first_seen(last) + settings_.sinks + settings_.recall_tokens + kDigestTokens);
 }
 
-bool Archive::available(int layer, int block) const { return !extent_of(layers_[layer], block / kCellBlocks).lost(); }
+std::vector<int32_t> Archive::available(int layer, int first_block) const {
+  std::vector<int32_t> found;
+  found.reserve(size_t(std::max(0, blocks() - first_block)));
+  for (const auto& extent : layers_[layer].extents) {
+    if (extent->lost()) continue;
+    const int begin = extent->first_cell * kCellBlocks, end = begin + extent->cells * kCellBlocks;
+    for (int block = std::max(first_block, begin); block < end; ++block) found.push_back(block);
+  }
+  return found;
+}
 bool Archive::lost(int cell) const {
   return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return extent_of(layer, cell).lost(); });
 }

@@ -94,7 +94,7 @@ class Archive {
   const Recalled& recalled(int layer, int kv_head) const { return head(layer, kv_head).recalled; }
   // Whether the choice can be read as it is. Not so when a part is not held, or a fork has moved blocks to the file.
   bool holds(int layer, int kv_head) const;
-  bool available(int layer, int block) const;  // false: its cell was lost
+  std::vector<int32_t> available(int layer, int first_block) const;  // from there on, without those that were lost
   bool lost(int cell) const;                   // in any layer
   void forget_choices();                       // the next query chooses anew
   // The tokens of a page's slots, as distances from its first position; null: in order.

@@ -185,9 +185,7 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
   const int wanted = std::min(settings.recall_tokens / kBlockTokens, all - first_block);
   archive_->chosen_at(s.layer) = tokens == 1 ? work_.positions.back() : -1;  // a chunk's choices are its own
   if (wanted <= 0) return;
-  std::vector<int32_t> candidates;
-  for (int block = first_block; block < all; ++block)
-    if (archive_->available(s.layer, block)) candidates.push_back(block);
+  const std::vector<int32_t> candidates = archive_->available(s.layer, first_block);
   if (int(candidates.size()) <= wanted) {
     for (Choice& choice : choices) choice.blocks = candidates;
     return;
