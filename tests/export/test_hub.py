@@ -545,7 +545,7 @@ def test_real_documents(real_document: Callable[[str], Path], name: str, start: 
 def test_looking_at_the_growing_wheel_survives_folders_that_vanish(tmp_path: Path) -> None:
     """pip removes its unpacking folders at any moment, also between their listing and a look inside."""
     wheel = tmp_path / "wheels" / "a-1.0.whl"
-    wheel.parent.mkdir()
+    wheel.parent.mkdir(exist_ok=True)
     wheel.write_bytes(bytes(1000))
     stop = threading.Event()
 
