@@ -34,7 +34,7 @@ class CacheSettings:
     storage: str = "bf16"
     budget_bytes: int | None = None
     codec: str | None = None
-    retriever: str = "landmark"
+    retriever: str = "channels"
     recall_tokens: int | None = None
     recall_every: int = 2
 

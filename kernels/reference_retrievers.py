@@ -88,8 +88,8 @@ def _bounds(basis: Basis, keys: Floats, q: Floats) -> Floats:
 
 def _channels(basis: Basis, keys: Floats, q: Floats) -> Floats:
     rest = (keys - basis.center[:, None])[..., basis.channels]
-    scale = (np.abs(rest).max(axis=-1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
-    codes = np.clip(np.rint(rest / scale), -127, 127)
+    scale = (np.abs(rest).max(axis=-1, keepdims=True) / 7).astype(np.float16).astype(np.float64)
+    codes = np.clip(np.rint(rest / scale), -7, 7)
     tokens = np.einsum("rc,btc->rbt", q[:, basis.channels], codes * scale)
     logits: Floats = q @ basis.center.T + np.log(np.exp(tokens).mean(axis=-1))
     return logits

@@ -19,6 +19,7 @@ import satchel
 from satchel import cli, kernels
 from satchel.cache import KVUsage
 from satchel.cache.archive import BLOCK_TOKENS
+from satchel.cache.retrievers.channels import Channels
 from satchel.cache.scorers import LayerView, find_scorer, scorer_names
 from satchel.cache.settings import CacheSettings
 from satchel.devices import machine, roofline
@@ -230,11 +231,11 @@ def test_cache_settings() -> None:
 
 def test_the_archive() -> None:
     says(5, f"no more than {WHOLE_TOKENS:,} tokens and fit whole")
-    says(6, f"in steps of {ARCHIVE_STEP} tokens", f"blocks of {BLOCK_TOKENS} tokens", "its mean key, in 8 bits")
+    says(6, f"in steps of {ARCHIVE_STEP} tokens", f"blocks of {BLOCK_TOKENS} tokens", f"in their {Channels.channels} most important pairs of channels, in 4 bits")
     says(6, f"every {roofline.QUERIES_PER_CHOICE} of its queries", f"one for every {roofline.QUERIES_OF_SHORT_CHUNK};")
     says(6, f"after every {CacheSettings().recall_every} tokens", f"{RECALL[1]:,} when there is room")
     says(6, f"no fewer than {RECALL[0]} unless", "a tenth of the free space")
-    assert (CacheSettings().retriever, DEFAULT_SHARE) == ("landmark", 10)
+    assert (CacheSettings().retriever, DEFAULT_SHARE) == ("channels", 10)
 
 
 def test_scorers() -> None:

@@ -1,4 +1,4 @@
-"""Every token's key in its 8 most important pairs of channels, after RoPE, in 8 bits: 18 bytes a token at any D >= 16.
+"""Every token's key in its 12 most important pairs of channels, after RoPE, in 4 bits: 14 bytes a token at any D >= 32.
 
 Important is where keys differ most, times how much the queries that are at hand have there; chosen per KV head with the
 first keys, then fixed. A block's score is the log of the mean over its tokens of exp(q.k), where the other channels are
@@ -15,7 +15,7 @@ class Channels(Retriever):
     name = "channels"
     paper = "Double Sparsity, arXiv 2408.07092; Loki, arXiv 2406.02542"
     digest = 3
-    channels = 8
+    channels = 12
 
     def digest_bytes_per_token(self, head_size: int) -> float:
-        return 2 * min(self.channels, head_size // 2) + 2
+        return min(self.channels, head_size // 2) + 2

@@ -23,7 +23,7 @@ from .plan import (
 
 # Tokens per KV head, least and most; measured in docs/lab-notes.md. Recalled tokens are what quality depends on, and
 # they cost little memory: those on disk are held for one layer at a time.
-SINKS, WINDOW, RECALL = (16, 64), (128, 512), (768, 1024)
+SINKS, WINDOW, RECALL = (16, 64), (128, 1024), (768, 1024)
 RUNGS = 16
 
 
@@ -81,12 +81,13 @@ def splits(wishes: Wishes) -> list[Split]:
 def archive_plan(
     costs: Costs, room: Room, tokens: int, longest_tokens: int, wishes: Wishes, disk_bytes: int
 ) -> Plan | None:  # fmt: skip
-    """The best plan with an archive, or None. Codecs by quality; of each one the roomiest split; RAM before disk."""
+    """The best plan with an archive, or None. Codecs by quality; RAM before disk; of each one the roomiest split."""
     work = _Work(costs, room, tokens, longest_tokens, disk_bytes)
     for cost in costs.archive:
-        for split in splits(wishes):
-            if plan := _warm(work, split, cost) or _on_disk(work, split, cost):
-                return plan
+        for place in (_warm, _on_disk):
+            for split in splits(wishes):
+                if plan := place(work, split, cost):
+                    return plan
     return None
 
 

@@ -118,8 +118,7 @@ inline void score_bounds(const PageScore& s) {
 // What the mean of all keys gives, and the log of the mean of exp over the tokens of what their chosen channels add.
 inline void score_channels(const PageScore& s) {
   const int D = s.task.head_size, half = s.task.half, count = int(s.task.basis->pairs.size());
-  const auto* codes = reinterpret_cast<const int8_t*>(s.data);
-  const uint8_t* scales_at = s.data + size_t(kDigestTokens) * 2 * count;
+  const uint8_t* scales_at = s.data + size_t(kDigestTokens) * count;
   dot_tile(s.queries, s.rows, D, s.task.basis->center.data(), s.out);
   for (int r = 0; r < s.rows; ++r)
     for (int i = 0; i < count; ++i) {
@@ -132,9 +131,15 @@ inline void score_channels(const PageScore& s) {
     float scales[kBlockTokens];
     std::memcpy(halves, scales_at + block * sizeof halves, sizeof halves);
     for (int t = 0; t < kBlockTokens; t += kLanes) store(scales + t, load_half(halves + t));
-    const int8_t* of_block = codes + size_t(block) * 2 * count * kBlockTokens;
-    for (int i = 0; i < 2 * count * kBlockTokens; i += kLanes)
-      store(s.tile + i, load_digest(of_block + i) * load(scales + i % kBlockTokens));
+    const uint8_t* codes = s.data + size_t(block) * count * kBlockTokens;
+    for (int i = 0; i < count * kBlockTokens; i += kLanes) {
+      UnsignedCodes bytes;
+      std::memcpy(&bytes, codes + i, sizeof bytes);
+      const Int both = __builtin_convertvector(bytes, Int);
+      const Float scale = load(scales + i % kBlockTokens);
+      store(s.tile + i, to_float((both & 15) - kNibbleZero) * scale);
+      store(s.tile + count * kBlockTokens + i, to_float((both >> 4) - kNibbleZero) * scale);
+    }
     dot_tile(s.other, s.rows, 2 * count, s.tile, s.out + kTile);
     for (int r = 0; r < s.rows; ++r) {
       const float* tokens = s.out + r * kPageTokens + kTile;

@@ -11,20 +11,23 @@ namespace satchel {
 
 // kMean      codes int8 [D][16 blocks], then scales float [16]
 // kMinMax    codes uint8 [D][16] of the least, then of the largest, then offsets float [16], scales float [16]
-// kChannels  codes int8 [16 blocks][2 * pairs][16 tokens], first channels before second ones; then scales half [256]
+// kChannels  codes [16 blocks][pairs][16 tokens], a byte each: code + 8 of the pair's first channel in the low four bits,
+//            of its second channel in the high ones; then scales half [256]
 // kCluster   codes int8 [D][16], then offsets half [D], scales half [D]
 size_t digest_page_bytes(const Retriever& retriever, int head_size) {
   const size_t codes = size_t(head_size) * kDigestBlocks;
   switch (retriever.digest) {
     case Digest::kMean: return codes + kDigestBlocks * sizeof(float);
     case Digest::kMinMax: return 2 * codes + 2 * kDigestBlocks * sizeof(float);
-    case Digest::kChannels: return size_t(kDigestTokens) * (2 * retriever.pairs_of(head_size) + sizeof(uint16_t));
+    case Digest::kChannels: return size_t(kDigestTokens) * (retriever.pairs_of(head_size) + sizeof(uint16_t));
     case Digest::kCluster: return codes + 2 * head_size * sizeof(uint16_t);
     default: return 0;
   }
 }
 
 namespace {
+
+constexpr float kLargestNibble = 7;
 
 // The pairs of channels in which keys differ most, weighed by how much queries have there.
 std::vector<int32_t> choose_pairs(const Retriever& retriever, int head_size, int half, const float* keys, int tokens,
@@ -90,24 +93,24 @@ void write_min_max(const DigestBasis& basis, int head_size, int block, const flo
 
 void write_channels(const DigestBasis& basis, int head_size, int half, int block, const float* keys, uint8_t* page) {
   const int count = int(basis.pairs.size());
-  auto* codes = reinterpret_cast<int8_t*>(page) + size_t(block) * 2 * count * kBlockTokens;
-  std::vector<float> x(2 * count);
+  uint8_t* codes = page + size_t(block) * count * kBlockTokens;
+  const auto rest = [&](int t, int d) {
+    return keys[size_t(t) * head_size + d] - basis.center[size_t(d) * kDigestBlocks + block];
+  };
   for (int t = 0; t < kBlockTokens; ++t) {
     float largest = 0;
-    for (int i = 0; i < 2 * count; ++i) {
-      const int pair = basis.pairs[i % count];
-      const int d = i < count ? first_channel(pair, half) : second_channel(pair, half);
-      x[i] = keys[size_t(t) * head_size + d] - basis.center[size_t(d) * kDigestBlocks + block];
-      largest = std::max(largest, std::fabs(x[i]));
-    }
-    const uint16_t stored = to_half(largest / 127);
+    for (int pair : basis.pairs)
+      largest = std::max({largest, std::fabs(rest(t, first_channel(pair, half))), std::fabs(rest(t, second_channel(pair, half)))});
+    const uint16_t stored = to_half(largest / kLargestNibble);
     const float scale = from_half(stored);
-    for (int i = 0; i < 2 * count; ++i) {
-      const float code = scale > 0 ? std::rint(x[i] / scale) : 0.0f;
-      codes[i * kBlockTokens + t] = int8_t(std::min(std::max(code, -127.0f), 127.0f));
-    }
-    std::memcpy(page + size_t(kDigestTokens) * 2 * count + (block * kBlockTokens + t) * sizeof stored, &stored,
-                sizeof stored);
+    const auto code = [&](float x) {
+      const float rounded = scale > 0 ? std::rint(x / scale) : 0.0f;
+      return int(std::min(std::max(rounded, -kLargestNibble), kLargestNibble)) + kNibbleZero;
+    };
+    for (int i = 0; i < count; ++i)
+      codes[i * kBlockTokens + t] = uint8_t(code(rest(t, first_channel(basis.pairs[i], half))) |
+                                            code(rest(t, second_channel(basis.pairs[i], half))) << 4);
+    std::memcpy(page + size_t(kDigestTokens) * count + (block * kBlockTokens + t) * sizeof stored, &stored, sizeof stored);
   }
 }
 

@@ -16,6 +16,7 @@ namespace satchel {
 
 constexpr int kDigestBlocks = 16;
 constexpr int kDigestTokens = kDigestBlocks * kBlockTokens;  // 256
+constexpr int kNibbleZero = 8;  // what is added to a code of four bits to store it
 
 enum class Digest : int {
   kNone = 0,

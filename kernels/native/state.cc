@@ -15,7 +15,7 @@ namespace satchel {
 
 namespace {
 
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;  // 2: codes of four bits in digests of channels
 
 [[noreturn]] void damaged(const std::string& what) {
   throw std::invalid_argument("a saved KV cache does not fit or is damaged: " + what);

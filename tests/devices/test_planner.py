@@ -282,7 +282,7 @@ def test_the_hot_tier_shrinks_with_the_budget() -> None:
     plans = [each for each in found if each and each.codec == "q8"]
     assert len(plans) > 450
     shapes = [(each.chunk, each.sinks, each.window, each.recall_tokens) for each in plans]
-    assert shapes[-1] == (512, 64, 512, 1024)
+    assert shapes[-1] == (512, 64, 1024, 1024)
     assert shapes[0][2] is not None
     assert shapes[0][2] < 160
     assert len(set(shapes)) >= 6
@@ -358,9 +358,9 @@ def test_what_is_held_after_reading() -> None:
     assert whole.held_bytes(8_192) == pytest.approx(8_192 * COSTS.kv_bytes_per_page / 64, rel=0.01)
     found = archived(8 * GB, 8_192, budget_bytes=40_000_000)
     assert found is not None
-    assert found.hot_tokens == 576
+    assert found.hot_tokens == 1088
     beside = found.warm_bytes + found.digest_bytes + found.recall_bytes
-    assert found.held_bytes(8_192) == pytest.approx(beside + 608 * COSTS.kv_bytes_per_page / 64, rel=0.02)
+    assert found.held_bytes(8_192) == pytest.approx(beside + 1120 * COSTS.kv_bytes_per_page / 64, rel=0.02)
     assert found.held_bytes(8_192) < found.kv_ram_bytes
 
 
