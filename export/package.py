@@ -32,7 +32,7 @@ __all__ = [
 FORMAT = "satchel-model-package"
 FORMAT_VERSION = 1
 # changes whenever the same source would give other bytes: packages in the cache are then made anew
-EXPORTER_VERSION = 1
+EXPORTER_VERSION = 2
 
 MANIFEST_FILE = "satchel.json"
 MODEL_FILE = "model.onnx"

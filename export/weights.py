@@ -153,6 +153,7 @@ def read_vector(weight: WeightRole, source: Source) -> Floats:
     """A norm's weight or a bias as float32 [n], its rows in half-split order."""
     tensor = source.tensors[weight.tensor]
     values = to_float(tensor.read_rows(0, tensor.rows), tensor.type_name).reshape(-1)
+    values = values[weight.first_row : weight.first_row + weight.shape[0]]
     _check_finite(float(np.abs(values).max()), tensor)
     order = weight.row_order()
     return values if order is None else values[order]
@@ -223,11 +224,13 @@ def _stored_chunks(planned: PlannedMatrix, multiplier: float, meter: _ErrorMeter
 
 def _raw_chunks(planned: PlannedMatrix) -> Iterator[npt.NDArray[np.uint8]]:
     """Raw rows in the package's order, whole panels at a time."""
-    tensor, order = planned.source, planned.weight.row_order()
+    tensor, weight, order = planned.source, planned.weight, planned.weight.row_order()
     rows = max(CHUNK_ELEMENTS // tensor.columns // ROWS_PER_PANEL, 1) * ROWS_PER_PANEL
-    whole = None if order is None else tensor.read_rows(0, tensor.rows)[order]
-    for start, stop in tensor.row_chunks(rows):
-        yield tensor.read_rows(start, stop) if whole is None else whole[start:stop]
+    first, end = weight.first_row, weight.first_row + weight.shape[0]
+    whole = None if order is None else tensor.read_rows(first, end)[order]
+    for start in range(first, end, rows):
+        stop = min(start + rows, end)
+        yield tensor.read_rows(start, stop) if whole is None else whole[start - first : stop - first]
 
 
 def _check_finite(largest: float, tensor: SourceTensor) -> None:

@@ -1,4 +1,7 @@
-"""What the families share: metadata keys to a spec, tensor names to roles, and their checks."""
+"""What the families share: metadata keys to a spec, tensor names to roles, and their checks.
+
+Keys and tensor names are GGUF's; sources of other kinds present themselves in them.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ from ...errors import ModelError
 from ..blocks import is_readable
 from ..rope import yarn_attention_factor
 from ..sources import Source
-from ..spec import ModelSpec, RopeSpec
+from ..spec import ExpertSpec, ModelSpec, RopeSpec
 
 # tensors that older converters wrote and that hold nothing the metadata does not say
 IGNORED_SUFFIXES = ("attn_rot_embd", "attn_rot_embd.weight", "attn.rope.freqs")
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+QUERY_KEY_VALUE = ("attn_q", "attn_k", "attn_v")
+ALL_LINEARS = (*QUERY_KEY_VALUE, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True)
@@ -26,15 +32,21 @@ class WeightRole:
     """Where one weight of the decoder comes from.
 
     ``role`` is the name in the package: ``embedding``, ``output``, ``output_norm`` and, with l counted from
-    0, ``layers.{l}.`` + ``attention_norm | query | key | value | attention_output | feed_forward_norm | gate
-    | up | down``, each perhaps with ``.bias``. ``shape`` is [out, in] for a matrix, [n] for a vector.
-    ``interleaved_heads`` is not 0 when the rows of that many heads come in interleaved-RoPE order.
+    0, ``layers.{l}.`` + ``query | key | value | attention_output | gate | up | down`` (each perhaps with
+    ``.bias``; with experts ``router | expert_gate | expert_up | expert_down``) or ``attention_norm |
+    attention_post_norm | feed_forward_norm | feed_forward_post_norm | query_norm | key_norm``. ``shape`` is
+    [out, in] for a matrix, [n] for a vector; experts are stacked in ``out``. ``interleaved_heads`` is not 0 when
+    the rows of that many heads come in interleaved-RoPE order.
+
+    ``tensor_shape`` is that of the whole tensor where it is another: the weight is its rows from ``first_row`` on.
     """
 
     role: str
     tensor: str
     shape: tuple[int, ...]
     interleaved_heads: int = 0
+    tensor_shape: tuple[int, ...] = ()
+    first_row: int = 0
 
     def row_order(self) -> npt.NDArray[np.intp] | None:
         """Source row of each row in half-split order, or None when the order is right as it is."""
@@ -81,6 +93,22 @@ class Keys:
             raise self._wrong(key, value, "a finite number")
         return float(value)
 
+    def windows(self, layers: int, period: int = 0) -> tuple[int, ...]:
+        """``attention.sliding_window`` of each layer; 0: it sees everything.
+
+        The layers that see everything are every ``period``-th (0: none of them), unless
+        ``attention.sliding_window_pattern`` gives another period, or one truth value per layer (true: windowed).
+        """
+        window = self.integer("attention.sliding_window", 0)
+        window = window if window < self.integer("context_length") else 0
+        pattern = self.get("attention.sliding_window_pattern")
+        if isinstance(pattern, list):
+            if len(pattern) != layers:
+                raise self._wrong("attention.sliding_window_pattern", pattern, f"one value for each of {layers} layers")
+            return tuple(window if windowed else 0 for windowed in pattern)
+        period = self.integer("attention.sliding_window_pattern", period)
+        return tuple(0 if period > 0 and (layer + 1) % period == 0 else window for layer in range(layers))
+
     def _wrong(self, key: str, value: object, wanted: str) -> ModelError:
         shown = "missing" if value is None else repr(value)[:60]
         return ModelError(
@@ -88,31 +116,40 @@ class Keys:
         )
 
 
-def read_decoder(source: Source, *, interleaved_rope: bool, tensor_biases: tuple[str, ...]) -> DecoderModel:
-    """A plain pre-norm decoder with grouped-query attention and a SwiGLU feed-forward.
+def decoder(
+    source: Source, spec: ModelSpec, *, biases: tuple[str, ...] = (), fused: bool = False
+) -> DecoderModel:
+    """The model of ``spec`` with the weights of ``source``, each of them checked.
 
     Args:
-        interleaved_rope: the file's query and key rows are in interleaved order (llama.cpp permutes them so
-            for its ``llama`` family) and must be put back into half-split order.
-        tensor_biases: which of the layer's linears (as GGUF names them) may have a bias.
+        biases: which of the layer's linears (as GGUF names them) may have a bias.
+        fused: query, key and value are one tensor, and so are gate and up.
     """
-    spec = _read_spec(source)
-    if interleaved_rope and spec.rope.dims != spec.head_size:
+    interleaved = source.interleaved_rope
+    if interleaved and spec.rope.dims != spec.head_size:
         raise ModelError(
             f"{source.path}: rotary positions on {spec.rope.dims} of {spec.head_size} dimensions are not "
             f"supported for {spec.architecture}; use another model"
         )
-    weights = tuple(_roles(source, spec, interleaved_rope, tensor_biases))
+    if spec.experts is None and Keys(source).integer("expert_count", 0):
+        raise ModelError(
+            f"{source.path} is a mixture of experts ({spec.architecture}.expert_count), which is supported for "
+            "qwen3moe only; use a dense model"
+        )
+    if not any(spec.attention_windows) and any(Keys(source).windows(spec.layers)):
+        raise ModelError(
+            f"{source.path} has a sliding window ({spec.architecture}.attention.sliding_window), which is not "
+            f"supported for {spec.architecture}; use another model"
+        )
+    layout = _Layout(source, spec, biases, fused)
+    weights = tuple(layout.roles())
     _check_shapes(source, weights)
     return DecoderModel(spec, weights)
 
 
-def _read_spec(source: Source) -> ModelSpec:
+def read_spec(source: Source) -> ModelSpec:
+    """What the metadata say in the keys that all families share; a family replaces what it has otherwise."""
     keys = Keys(source)
-    if keys.integer("expert_count", 0):
-        raise ModelError(
-            f"{source.path} is a mixture of experts, which is not supported yet; use a dense model"
-        )
     embedding = source.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{source.path} has no tensor token_embd.weight; it is not a complete model")
@@ -140,7 +177,20 @@ def _read_spec(source: Source) -> ModelSpec:
         norm_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
         rope=_read_rope(source, keys, head_size),
         tied_embeddings="output.weight" not in source.tensors,
-        attention_scale=1.0 / math.sqrt(head_size) if head_size > 0 else 0.0,
+        attention_scale=keys.number("attention.scale", 0.0) or 1.0 / math.sqrt(max(head_size, 1)),
+        attention_softcap=keys.number("attn_logit_softcapping", 0.0),
+        logits_softcap=keys.number("final_logit_softcapping", 0.0),
+    )
+
+
+def read_experts(source: Source) -> ExpertSpec:
+    """The experts that the metadata describe; GGUF's older files mean normalized weights when they do not say."""
+    keys = Keys(source)
+    return ExpertSpec(
+        count=keys.integer("expert_count"),
+        used=keys.integer("expert_used_count"),
+        width=keys.integer("expert_feed_forward_length"),
+        normalized=bool(keys.integer("expert_weights_norm", 1)),
     )
 
 
@@ -149,25 +199,26 @@ def _read_rope(source: Source, keys: Keys, head_size: int) -> RopeSpec:
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
     if scaling == "none" and keys.get("rope.scale_linear") is not None and factor != 1.0:
         scaling = "linear"
-    if scaling not in ("none", "linear", "yarn"):
-        raise ModelError(f"{source.path}: RoPE scaling {scaling!r} is not supported (none, linear, yarn)")
+    if scaling not in ("none", "linear", "yarn", "longrope"):
+        raise ModelError(
+            f"{source.path}: RoPE scaling {scaling!r} is not supported (none, linear, yarn, longrope)"
+        )
     attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
     if scaling == "yarn":
         attention_factor *= yarn_attention_factor(factor)
-    factors: tuple[float, ...] = ()
-    if ROPE_FACTORS in source.tensors:
-        tensor = source.tensors[ROPE_FACTORS]
-        if tensor.type_name != "F32" or tensor.columns > head_size:
-            raise ModelError(
-                f"{source.path}: {ROPE_FACTORS} is {tensor.type_name} {list(tensor.shape)}, not float32"
-            )
-        factors = tuple(tensor.read_rows(0, tensor.rows).view(np.float32).reshape(-1).tolist())
+    context = keys.integer("context_length")
+    original = keys.integer("rope.scaling.original_context_length", context)
+    # LongRoPE has factors for texts within the original context, too: a reader of long documents has one cache
+    # for all lengths and takes the long ones
+    factors = _read_factors(source, (LONG_FACTORS if context > original else SHORT_FACTORS, ROPE_FACTORS), head_size)
+    if scaling == "longrope" and not factors:
+        raise ModelError(f"{source.path} has no tensor {LONG_FACTORS}, which its RoPE scaling needs; use another file")
     return RopeSpec(
         base=keys.number("rope.freq_base", 10000.0),
         dims=keys.integer("rope.dimension_count", head_size),
-        scaling=scaling,
+        scaling="none" if scaling == "longrope" else scaling,
         factor=factor,
-        original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
+        original_context=original,
         attention_factor=attention_factor,
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
@@ -175,33 +226,107 @@ def _read_rope(source: Source, keys: Keys, head_size: int) -> RopeSpec:
     )
 
 
-def _roles(
-    source: Source, spec: ModelSpec, interleaved: bool, biases: tuple[str, ...]
-) -> Iterator[WeightRole]:
-    hidden, inner = spec.hidden, spec.feed_forward
-    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    # our name, GGUF's name, shape, heads whose rows are interleaved
-    linears = (
-        ("query", "attn_q", (queries, hidden), spec.heads if interleaved else 0),
-        ("key", "attn_k", (keys, hidden), spec.kv_heads if interleaved else 0),
-        ("value", "attn_v", (keys, hidden), 0),
-        ("attention_output", "attn_output", (hidden, queries), 0),
-        ("gate", "ffn_gate", (inner, hidden), 0),
-        ("up", "ffn_up", (inner, hidden), 0),
-        ("down", "ffn_down", (hidden, inner), 0),
-    )
-    yield WeightRole("embedding", "token_embd.weight", (spec.vocab, hidden))
-    for layer in range(spec.layers):
-        ours, theirs = f"layers.{layer}.", f"blk.{layer}."
-        yield WeightRole(ours + "attention_norm", theirs + "attn_norm.weight", (hidden,))
-        yield WeightRole(ours + "feed_forward_norm", theirs + "ffn_norm.weight", (hidden,))
-        for role, name, shape, interleaved_heads in linears:
-            yield WeightRole(ours + role, f"{theirs}{name}.weight", shape, interleaved_heads)
-            if name in biases and f"{theirs}{name}.bias" in source.tensors:
-                yield WeightRole(f"{ours}{role}.bias", f"{theirs}{name}.bias", shape[:1], interleaved_heads)
-    yield WeightRole("output_norm", "output_norm.weight", (hidden,))
-    if not spec.tied_embeddings:
-        yield WeightRole("output", "output.weight", (spec.vocab, hidden))
+def _read_factors(source: Source, names: tuple[str, ...], head_size: int) -> tuple[float, ...]:
+    """The frequency factors in the first tensor of these names that there is."""
+    for name in names:
+        if name in source.tensors:
+            tensor = source.tensors[name]
+            if tensor.type_name != "F32" or tensor.columns > head_size:
+                raise ModelError(f"{source.path}: {name} is {tensor.type_name} {list(tensor.shape)}, not float32")
+            return tuple(tensor.read_rows(0, tensor.rows).view(np.float32).reshape(-1).tolist())
+    return ()
+
+
+class _Layout:
+    """Which tensors hold the weights of a decoder."""
+
+    def __init__(self, source: Source, spec: ModelSpec, biases: tuple[str, ...], fused: bool) -> None:
+        self._source = source
+        self._spec = spec
+        self._biases = biases
+        self._fused = fused
+
+    def roles(self) -> Iterator[WeightRole]:
+        spec = self._spec
+        yield WeightRole("embedding", "token_embd.weight", (spec.vocab, spec.hidden))
+        for layer in range(spec.layers):
+            ours, theirs = f"layers.{layer}.", f"blk.{layer}."
+            for role, name, size in self._norms():
+                yield WeightRole(ours + role, f"{theirs}{name}.weight", (size,))
+            yield from self._attention(ours, theirs)
+            yield from self._experts(ours, theirs) if spec.experts else self._feed_forward(ours, theirs)
+        yield WeightRole("output_norm", "output_norm.weight", (spec.hidden,))
+        if not spec.tied_embeddings:
+            yield WeightRole("output", "output.weight", (spec.vocab, spec.hidden))
+
+    def _norms(self) -> Iterator[tuple[str, str, int]]:
+        """(our name, GGUF's name, size) of a layer's norms."""
+        spec = self._spec
+        if spec.norm_places != "post":
+            yield "attention_norm", "attn_norm", spec.hidden
+            yield "feed_forward_norm", "ffn_norm", spec.hidden
+        if spec.norm_places != "pre":
+            yield "attention_post_norm", "post_attention_norm", spec.hidden
+            yield "feed_forward_post_norm", "post_ffw_norm", spec.hidden
+        if spec.query_key_norm != "none":
+            heads, kv_heads = (spec.heads, spec.kv_heads) if spec.query_key_norm == "whole" else (1, 1)
+            yield "query_norm", "attn_q_norm", heads * spec.head_size
+            yield "key_norm", "attn_k_norm", kv_heads * spec.head_size
+
+    def _attention(self, ours: str, theirs: str) -> Iterator[WeightRole]:
+        spec, interleaved = self._spec, self._source.interleaved_rope
+        queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+        if self._fused:
+            whole, sizes = f"{theirs}attn_qkv.weight", {"query": queries, "key": keys, "value": keys}
+            yield from _slices(ours, whole, sizes, spec.hidden)
+        else:
+            for role, name, rows, heads in (
+                ("query", "attn_q", queries, spec.heads),
+                ("key", "attn_k", keys, spec.kv_heads),
+                ("value", "attn_v", keys, 0),
+            ):
+                yield from self._linear(
+                    ours + role, theirs, name, (rows, spec.hidden), heads if interleaved else 0
+                )
+        yield from self._linear(ours + "attention_output", theirs, "attn_output", (spec.hidden, queries))
+
+    def _feed_forward(self, ours: str, theirs: str) -> Iterator[WeightRole]:
+        hidden, inner = self._spec.hidden, self._spec.feed_forward
+        if self._fused:
+            yield from _slices(ours, f"{theirs}ffn_up.weight", {"gate": inner, "up": inner}, hidden)
+        else:
+            yield from self._linear(ours + "gate", theirs, "ffn_gate", (inner, hidden))
+            yield from self._linear(ours + "up", theirs, "ffn_up", (inner, hidden))
+        yield from self._linear(ours + "down", theirs, "ffn_down", (hidden, inner))
+
+    def _experts(self, ours: str, theirs: str) -> Iterator[WeightRole]:
+        hidden, experts = self._spec.hidden, self._spec.experts
+        assert experts is not None
+        yield WeightRole(ours + "router", theirs + "ffn_gate_inp.weight", (experts.count, hidden))
+        for role, name, rows, columns in (
+            ("expert_gate", "ffn_gate_exps", experts.width, hidden),
+            ("expert_up", "ffn_up_exps", experts.width, hidden),
+            ("expert_down", "ffn_down_exps", hidden, experts.width),
+        ):
+            stacked = (experts.count * rows, columns)
+            whole = (experts.count, rows, columns)
+            yield WeightRole(ours + role, f"{theirs}{name}.weight", stacked, tensor_shape=whole)
+
+    def _linear(
+        self, role: str, theirs: str, name: str, shape: tuple[int, int], interleaved_heads: int = 0
+    ) -> Iterator[WeightRole]:
+        yield WeightRole(role, f"{theirs}{name}.weight", shape, interleaved_heads)
+        bias = f"{theirs}{name}.bias"
+        if name in self._biases and bias in self._source.tensors:
+            yield WeightRole(role + ".bias", bias, shape[:1], interleaved_heads)
+
+
+def _slices(ours: str, tensor: str, sizes: dict[str, int], columns: int) -> Iterator[WeightRole]:
+    """The roles that lie one after the other in the rows of one tensor."""
+    whole, first = (sum(sizes.values()), columns), 0
+    for role, rows in sizes.items():
+        yield WeightRole(ours + role, tensor, (rows, columns), tensor_shape=whole, first_row=first)
+        first += rows
 
 
 def _check_shapes(source: Source, weights: tuple[WeightRole, ...]) -> None:
@@ -212,17 +337,18 @@ def _check_shapes(source: Source, weights: tuple[WeightRole, ...]) -> None:
         tensor = source.tensors.get(weight.tensor)
         if tensor is None:
             raise ModelError(f"{source.path} has no tensor {weight.tensor}; it is not a complete model")
-        if tensor.shape != weight.shape:
+        wanted = weight.tensor_shape or weight.shape
+        if tensor.shape != wanted:
             raise ModelError(
                 f"{source.path}: tensor {weight.tensor} has the shape {list(tensor.shape)}, its metadata "
-                f"says {list(weight.shape)}; use another file"
+                f"says {list(wanted)}; use another file"
             )
         if not is_readable(tensor.type_name):
             raise ModelError(
                 f"{source.path}: tensor {weight.tensor} has the unreadable type {tensor.type_name}; "
                 "use a file in another quantization"
             )
-    used = {weight.tensor for weight in weights} | {ROPE_FACTORS}
+    used = {weight.tensor for weight in weights} | {ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS}
     surplus = [name for name in source.tensors if name not in used and not name.endswith(IGNORED_SUFFIXES)]
     if surplus:
         shown = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if len(surplus) > 3 else "")

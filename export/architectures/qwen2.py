@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..sources import Source
-from .base import DecoderModel, read_decoder
+from .base import QUERY_KEY_VALUE, DecoderModel, decoder, read_spec
 
 
 def read(source: Source) -> DecoderModel:
-    return read_decoder(source, interleaved_rope=False, tensor_biases=("attn_q", "attn_k", "attn_v"))
+    return decoder(source, read_spec(source), biases=QUERY_KEY_VALUE)

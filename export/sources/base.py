@@ -22,6 +22,7 @@ from ...devices.reporting import Progress
 from ...errors import ModelError
 
 HASH_CHUNK_BYTES = 4 << 20
+INTERLEAVED_FAMILIES = ("llama", "granite", "smollm3")  # in GGUF files
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ class Source:
                 f"{self.path} does not name its architecture (general.architecture); not a model file"
             )
         return value
+
+    @property
+    def interleaved_rope(self) -> bool:
+        """Whether the rows of queries and keys are in interleaved order, dimension 2i beside its partner, and must
+        be put back: llama.cpp permutes them so in the families whose original code has them half-split.
+        """
+        return self.architecture in INTERLEAVED_FAMILIES
 
     @property
     def size(self) -> int:

@@ -150,9 +150,14 @@ def test_the_graph_is_what_the_kernels_expect(tmp_path: Path) -> None:
 
 # what is wrong with the file -> (arguments of write_tiny_gguf, what the message says)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown architecture": ({"architecture": "mamba"}, "'mamba'; supported are: llama, qwen2"),
+    "unknown architecture": ({"architecture": "mamba"}, r"'mamba' \(general.architecture\); supported are: gemma2, .*llama, "),
     "mixture of experts": ({"metadata": {".expert_count": 8}}, "mixture of experts"),
-    "unknown RoPE scaling": ({"metadata": {".rope.scaling.type": "longrope"}}, "'longrope' is not supported"),
+    "unknown RoPE scaling": ({"metadata": {".rope.scaling.type": "dynamic"}}, "'dynamic' is not supported"),
+    "LongRoPE without factors": ({"metadata": {".rope.scaling.type": "longrope"}}, "no tensor rope_factors_long"),
+    "a window in a family without": (
+        {"metadata": {".attention.sliding_window": 16}},
+        "qwen2.attention.sliding_window.*not supported for qwen2",
+    ),
     "YaRN without sense": ({"metadata": {**YARN, ".rope.scaling.factor": -1.0}}, "RoPE factor is -1.0"),
     "wrong number of factors": ({"rope_factors": (1.0, 2.0)}, "RoPE frequency factors is 2"),
     "factor that is not a number": ({"rope_factors": (float("nan"),) * 8}, "RoPE frequency factor is nan"),

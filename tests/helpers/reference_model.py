@@ -67,13 +67,14 @@ class ReferenceModel:
 
     def _attention(self, x: Floats, at: str, positions: npt.NDArray[np.intp]) -> Floats:
         spec, tokens = self.spec, len(x)
+        window = spec.attention_windows[int(at.split(".")[1])]
         q = self._rotate(self._linear(x, at + "query").reshape(tokens, spec.heads, -1), positions)
         k = self._rotate(self._linear(x, at + "key").reshape(tokens, spec.kv_heads, -1), positions)
         v = self._linear(x, at + "value").reshape(tokens, spec.kv_heads, -1)
         out = np.empty_like(q)
         allowed = positions[None, :] <= positions[:, None]
-        if spec.attention_window:
-            allowed &= positions[None, :] > positions[:, None] - spec.attention_window
+        if window:
+            allowed &= positions[None, :] > positions[:, None] - window
         for head in range(spec.heads):
             group = head * spec.kv_heads // spec.heads
             scores = q[:, head] @ k[:, group].T * spec.attention_scale
