@@ -88,21 +88,19 @@ class Keys:
         )
 
 
-def read_decoder(source: Source, *, interleaved_rope: bool, tensor_biases: tuple[str, ...]) -> DecoderModel:
+def read_decoder(source: Source, *, tensor_biases: tuple[str, ...]) -> DecoderModel:
     """A plain pre-norm decoder with grouped-query attention and a SwiGLU feed-forward.
 
     Args:
-        interleaved_rope: the file's query and key rows are in interleaved order (llama.cpp permutes them so
-            for its ``llama`` family) and must be put back into half-split order.
         tensor_biases: which of the layer's linears (as GGUF names them) may have a bias.
     """
     spec = _read_spec(source)
-    if interleaved_rope and spec.rope.dims != spec.head_size:
+    if source.interleaved_rope and spec.rope.dims != spec.head_size:
         raise ModelError(
             f"{source.path}: rotary positions on {spec.rope.dims} of {spec.head_size} dimensions are not "
             f"supported for {spec.architecture}; use another model"
         )
-    weights = tuple(_roles(source, spec, interleaved_rope, tensor_biases))
+    weights = tuple(_roles(source, spec, tensor_biases))
     _check_shapes(source, weights)
     return DecoderModel(spec, weights)
 
@@ -128,7 +126,7 @@ def _read_spec(source: Source) -> ModelSpec:
     name = source.metadata.get("general.name")
     return ModelSpec(
         architecture=source.architecture,
-        name=name if isinstance(name, str) and name else source.path.stem,
+        name=name if isinstance(name, str) and name else source.name,
         layers=keys.integer("block_count"),
         hidden=hidden,
         heads=heads,
@@ -175,9 +173,8 @@ def _read_rope(source: Source, keys: Keys, head_size: int) -> RopeSpec:
     )
 
 
-def _roles(
-    source: Source, spec: ModelSpec, interleaved: bool, biases: tuple[str, ...]
-) -> Iterator[WeightRole]:
+def _roles(source: Source, spec: ModelSpec, biases: tuple[str, ...]) -> Iterator[WeightRole]:
+    interleaved = source.interleaved_rope  # such rows are put back into half-split order
     hidden, inner = spec.hidden, spec.feed_forward
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     # our name, GGUF's name, shape, heads whose rows are interleaved

@@ -7,4 +7,4 @@ from .base import DecoderModel, read_decoder
 
 
 def read(source: Source) -> DecoderModel:
-    return read_decoder(source, interleaved_rope=False, tensor_biases=("attn_q", "attn_k", "attn_v"))
+    return read_decoder(source, tensor_biases=("attn_q", "attn_k", "attn_v"))
