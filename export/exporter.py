@@ -97,13 +97,13 @@ def ensure_package(
     with open_source(source) as opened:
         sha256 = _fingerprint(opened, packages_folder(cache_dir), report)
         key = f"{sha256[:16]}-v{EXPORTER_VERSION}-{flavour}-{bits}"
-        folder = package_folder(cache_dir, source.stem, key)
+        folder = package_folder(cache_dir, opened.name, key)
         with contextlib.suppress(ModelError):
             return open_package(folder)
         make_folder(folder.parent)
         with (
             storage_errors(folder.parent),
-            file_lock(folder.with_name(folder.name + ".lock"), f"exporting {source.stem}", notice=notice),
+            file_lock(folder.with_name(folder.name + ".lock"), f"exporting {opened.name}", notice=notice),
         ):
             with contextlib.suppress(ModelError):  # another process made it while this one waited
                 return open_package(folder)
@@ -132,7 +132,7 @@ def _export(
             tokenizer=settings,
             flavour=flavour,
             bits=bits,
-            source_name=source.path.name,
+            source_name=source.path.absolute().name,
             source_bytes=source.size,
             source_sha256=sha256,
             exporter_version=EXPORTER_VERSION,
@@ -144,13 +144,10 @@ def _export(
 
 
 def _fingerprint(source: Source, folder: Path, progress: Progress) -> str:
-    """The source's SHA-256, remembered by path, size, time and inode so that a start need not read it all
-    again.
-    """
+    """The source's SHA-256, remembered by path and ``Source.mark`` so that a start need not read it all again."""
     index = folder / FINGERPRINTS_FILE
-    status = source.path.stat()
     key = str(source.path.absolute())
-    mark = [status.st_size, status.st_mtime_ns, status.st_ino]
+    mark = source.mark
     known = _read_fingerprints(index)
     entry = known.get(key)
     if entry is not None and entry[:3] == mark:

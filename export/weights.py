@@ -226,10 +226,9 @@ def _raw_chunks(planned: PlannedMatrix) -> Iterator[npt.NDArray[np.uint8]]:
     """Raw rows in the package's order, whole panels at a time."""
     tensor, weight, order = planned.source, planned.weight, planned.weight.row_order()
     rows = max(CHUNK_ELEMENTS // tensor.columns // ROWS_PER_PANEL, 1) * ROWS_PER_PANEL
-    first, end = weight.first_row, weight.first_row + weight.shape[0]
-    whole = None if order is None else tensor.read_rows(first, end)[order]
-    for start in range(first, end, rows):
-        stop = min(start + rows, end)
+    first, count = weight.first_row, weight.shape[0]
+    whole = None if order is None else tensor.read_rows(first, first + count)[order]
+    for start, stop in tensor.row_chunks(rows, first, count):
         yield tensor.read_rows(start, stop) if whole is None else whole[start - first : stop - first]
 
 

@@ -93,6 +93,15 @@ class Keys:
             raise self._wrong(key, value, "a finite number")
         return float(value)
 
+    def flags(self, key: str, count: int) -> list[bool] | None:
+        """One truth value per layer; None when the key is absent or holds a single value."""
+        value = self.get(key)
+        if not isinstance(value, list):
+            return None
+        if len(value) != count:
+            raise self._wrong(key, value, f"a list of {count}, one value for each layer")
+        return [bool(item) for item in value]
+
     def windows(self, layers: int, period: int = 0) -> tuple[int, ...]:
         """``attention.sliding_window`` of each layer; 0: it sees everything.
 
@@ -101,10 +110,8 @@ class Keys:
         """
         window = self.integer("attention.sliding_window", 0)
         window = window if window < self.integer("context_length") else 0
-        pattern = self.get("attention.sliding_window_pattern")
-        if isinstance(pattern, list):
-            if len(pattern) != layers:
-                raise self._wrong("attention.sliding_window_pattern", pattern, f"one value for each of {layers} layers")
+        pattern = self.flags("attention.sliding_window_pattern", layers)
+        if pattern is not None:
             return tuple(window if windowed else 0 for windowed in pattern)
         period = self.integer("attention.sliding_window_pattern", period)
         return tuple(0 if period > 0 and (layer + 1) % period == 0 else window for layer in range(layers))

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 
 from ...errors import ModelError
-from .base import Source, SourceTensor
+from .base import FileTensor, Source, SourceTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -30,6 +30,9 @@ MAX_ELEMENTS = 1 << 44
 MAX_DIMENSIONS = 4
 WINDOW_BYTES = 1 << 20
 DEFAULT_ALIGNMENT = 32
+
+# families whose query and key rows llama.cpp's converter permutes for interleaved rotary positions
+INTERLEAVED_ROPE = ("llama", "granite", "smollm3")
 
 STRING, ARRAY = 8, 9
 # value type id -> struct code
@@ -237,7 +240,7 @@ def _scan(path: Path, file: FileIO, size: int) -> tuple[GgufMetadata, dict[str, 
                 f"tensor {name!r} would end at byte {data_start + offset + length}, the file ends at {size} "
                 "(cut short?)"
             )
-        tensors[name] = SourceTensor(name, type_name, shape, data_start + offset, length, file, path)
+        tensors[name] = FileTensor(name, type_name, shape, length, path, file, data_start + offset)
     return metadata, tensors
 
 
@@ -255,7 +258,8 @@ def open_gguf(path: Path) -> Source:
         size = file.seek(0, 2)
         file.seek(0)
         metadata, tensors = _scan(path, file, size)
-        return Source(path, file, metadata, tensors)
+        interleaved = metadata.get("general.architecture") in INTERLEAVED_ROPE
+        return Source(path, path.stem, [path], [file], metadata, tensors, interleaved_rope=interleaved)
     except OSError as error:
         file.close()
         raise ModelError(f"{path} cannot be read ({error.strerror})") from None
