@@ -170,7 +170,8 @@ class _Graph:
         return self.linear(inner, at + "down", at + "down.out", spec.residual_multiplier)
 
     def experts(self, normed: str, at: str, experts: ExpertSpec, activation: int) -> str:
-        inputs, attributes = [normed, self.linear(normed, at + "router", at + "router.out")], {}
+        inputs = [normed, self.linear(normed, at + "router", at + "router.out")]
+        attributes: dict[str, int | float] = {}
         for name in ("gate", "up", "down"):
             scale = self.spec.residual_multiplier if name == "down" else 1.0
             packed, described = self.packed(f"{at}expert_{name}", scale, name + "_")

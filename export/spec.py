@@ -186,9 +186,11 @@ class ModelSpec:
         try:
             for name in ("attention_windows", "unrotated_layers"):
                 parts[name] = tuple(parts.get(name, ()))
-            for name, kind in (("rope", RopeSpec), ("window_rope", RopeSpec), ("experts", ExpertSpec)):
+            for name in ("rope", "window_rope"):
                 if parts.get(name) is not None:
-                    parts[name] = _record(kind, parts[name])
+                    parts[name] = _record(RopeSpec, parts[name])
+            if parts.get("experts") is not None:
+                parts["experts"] = _record(ExpertSpec, parts["experts"])
             return _record(cls, parts)
         except (TypeError, ValueError) as error:
             raise ModelError(f"the package's spec cannot be read ({error}); export the model again") from None

@@ -150,7 +150,10 @@ def test_the_graph_is_what_the_kernels_expect(tmp_path: Path) -> None:
 
 # what is wrong with the file -> (arguments of write_tiny_gguf, what the message says)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown architecture": ({"architecture": "mamba"}, r"'mamba' \(general.architecture\); supported are: gemma2, .*llama, "),
+    "unknown architecture": (
+        {"architecture": "mamba"},
+        r"'mamba' \(general.architecture\); supported are: gemma2, .*llama, ",
+    ),
     "mixture of experts": ({"metadata": {".expert_count": 8}}, "mixture of experts"),
     "unknown RoPE scaling": ({"metadata": {".rope.scaling.type": "dynamic"}}, "'dynamic' is not supported"),
     "LongRoPE without factors": ({"metadata": {".rope.scaling.type": "longrope"}}, "no tensor rope_factors_long"),
