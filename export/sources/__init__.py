@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ...errors import ModelError
 from .base import Source, SourceTensor, TokenizerFiles
+from .folder import parse_record
 from .gguf import MAGIC, open_gguf
-from .huggingface import open_huggingface
+from .huggingface import is_huggingface, open_huggingface
 
-__all__ = ["Source", "SourceTensor", "TokenizerFiles", "open_gguf", "open_source"]
+__all__ = ["Source", "SourceTensor", "TokenizerFiles", "is_huggingface", "open_gguf", "open_source", "parse_record"]
 
 # first bytes of the file -> opener; a new kind of source is one row
 OPENERS: dict[bytes, Callable[[Path], Source]] = {MAGIC: open_gguf}

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -95,10 +95,12 @@ class FileTensor(SourceTensor):
 class TokenizerFiles:
     """A ready tokenizer that lies beside the weights, where the metadata has no vocabulary.
 
-    ``path`` is its ``tokenizer.json``; the records are the JSON files beside it, empty where there is none.
+    ``path`` is its ``tokenizer.json``, which ``read`` reads; the records are the JSON files beside it, empty
+    where there is none.
     """
 
     path: Path
+    read: Callable[[], bytes]
     tokenizer_config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     model_config: Mapping[str, Any]

@@ -8,6 +8,7 @@ for, and pickle files are not opened.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections import Counter
 from io import FileIO
@@ -71,7 +72,8 @@ class ModelFolder:
         """A small file that must be there, whole."""
         with self.open(name) as file:
             try:
-                data = file.read(limit + 1)
+                # a raw read makes room for all that is asked for
+                data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
             except OSError as error:
                 raise ModelError(f"{self.path / name} cannot be read ({error.strerror})") from None
         if len(data) > limit:

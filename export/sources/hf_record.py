@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ...errors import ModelError
 
 MAX_INTEGER = 1 << 40  # above every size of a model, low enough that products stay small
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float) and 0 < value <= 1e30
 
 
 class Record:
@@ -53,7 +57,7 @@ class Record:
     def number(self, key: str, default: float | None = None) -> float:
         """A positive, finite number."""
         value = default if self.get(key) is None else self.get(key)
-        if type(value) not in (int, float) or not 0 < value <= 1e30:
+        if not _is_positive(value):
             raise self._wrong(key, "a positive number")
         return float(value)
 
@@ -71,11 +75,7 @@ class Record:
 
     def numbers(self, key: str, count: int) -> list[float]:
         value = self.get(key)
-        if (
-            not isinstance(value, list)
-            or len(value) != count
-            or not all(type(item) in (int, float) and 0 < item <= 1e30 for item in value)
-        ):
+        if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
             raise self._wrong(key, f"a list of {count} positive numbers")
         return [float(item) for item in value]
 

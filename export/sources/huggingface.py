@@ -20,6 +20,7 @@ from .safetensors import read_safetensors
 from .views import memory_tensor
 
 CONFIG_FILE = "config.json"
+MAX_TOKENIZER_BYTES = 128 << 20  # Gemma's has 33 MB
 # beside config and weights: what changes the package when it changes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
@@ -110,6 +111,7 @@ def _tokenizer(folder: ModelFolder, config: dict[str, Any]) -> TokenizerFiles | 
             raise ModelError(f"{folder.path / 'chat_template.jinja'} is not UTF-8; download it again") from None
     return TokenizerFiles(
         path,
+        lambda: folder.read("tokenizer.json", MAX_TOKENIZER_BYTES),
         folder.read_record("tokenizer_config.json"),
         folder.read_record("generation_config.json"),
         config,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ...errors import ModelError
 from .base import FileTensor
@@ -18,6 +18,7 @@ from .folder import parse_record
 
 MAX_HEADER_BYTES = 32 << 20  # the largest shards of real models have some 100 KB
 MAX_DIMENSIONS = 8
+MAX_NAME = 256
 MAX_EXTENT = 1 << 44
 # safetensors' name -> (GGML's name of the types we read, bytes per element); "" where there is none
 TYPES = {
@@ -58,6 +59,8 @@ def read_safetensors(path: Path, file: FileIO) -> dict[str, FileTensor]:
 
 def _tensor(path: Path, file: FileIO, name: str, entry: Any, start: int, room: int) -> FileTensor:
     shown = name[:100]
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise _damaged(path, f"it has the tensor name {shown!r}")
     if not isinstance(entry, dict):
         raise _damaged(path, f"tensor {shown!r} has no record")
     dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -76,7 +79,7 @@ def _tensor(path: Path, file: FileIO, name: str, entry: Any, start: int, room: i
     return FileTensor(name, type_name, tuple(shape) or (1,), size, path, file, start + place[0])
 
 
-def _are_counts(value: Any) -> bool:
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
     """A list of whole numbers from 0 on that 64 bits can hold."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 

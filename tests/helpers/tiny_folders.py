@@ -63,7 +63,9 @@ def hugging_face_name(name: str) -> str:
     return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
 
 
-def tiny_tensors(kind: str = "llama", seed: int = 0, *, tied: bool = True, biases: bool | None = None) -> dict[str, Floats]:
+def tiny_tensors(
+    kind: str = "llama", seed: int = 0, *, tied: bool = True, biases: bool | None = None
+) -> dict[str, Floats]:
     """The tensors of a llama or qwen2 folder, by their names there."""
     has_biases = kind == "qwen2" if biases is None else biases
     return {
@@ -116,10 +118,8 @@ def write_tiny_folder(
     changes = {"tie_word_embeddings": tied, **(config or {})}
     write_json(folder / "config.json", tiny_config(kind, **changes))
     write_json(folder / "tokenizer.json", tiny_tokenizer())
-    write_json(
-        folder / "tokenizer_config.json",
-        {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "add_bos_token": False, "chat_template": CHAT_TEMPLATE},
-    )
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "add_bos_token": False}
+    write_json(folder / "tokenizer_config.json", {**tokens, "chat_template": CHAT_TEMPLATE})
     write_json(folder / "generation_config.json", {"eos_token_id": [268, 266]})
     return folder
 
