@@ -61,10 +61,11 @@ class SourceTensor(ABC):
             ModelError: the file ends early or cannot be read.
         """
 
-    def row_chunks(self, rows: int, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) ranges that cover ``count`` rows from ``first`` on, ``rows`` at a time."""
-        for start in range(first, first + count, rows):
-            yield start, min(start + rows, first + count)
+    def row_chunks(self, rows: int, first: int = 0, count: int | None = None) -> Iterator[tuple[int, int]]:
+        """(start, stop) ranges of ``rows`` at a time that cover ``count`` rows from ``first`` on; None: the rest."""
+        end = self.rows if count is None else first + count
+        for start in range(first, end, rows):
+            yield start, min(start + rows, end)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,10 @@ CASES: dict[str, Case] = {
         {"attention_windows": NO_WINDOWS, "one more": {"attention_windows": (WINDOW + 1,) * 4}},
     ),
     "qwen2": Case("Qwen2", "qwen2", {}, {"attention_scale": 0.3}),
+    "qwen2 with windows": Case(
+        "Qwen2", "qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+        {"attention_windows": ALL_WINDOWS, "no windows": {"attention_windows": NO_WINDOWS}},
+    ),
     "qwen3": Case("Qwen3", "qwen3", {"head_dim": 32}, {"query_key_norm": "none"}),
     "gemma2": Case(
         "Gemma2", "gemma2",

@@ -158,8 +158,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown RoPE scaling": ({"metadata": {".rope.scaling.type": "dynamic"}}, "'dynamic' is not supported"),
     "LongRoPE without factors": ({"metadata": {".rope.scaling.type": "longrope"}}, "no tensor rope_factors_long"),
     "a window in a family without": (
-        {"metadata": {".attention.sliding_window": 16}},
-        "qwen2.attention.sliding_window.*not supported for qwen2",
+        {"architecture": "granite", "metadata": {".attention.sliding_window": 16}},
+        "granite.attention.sliding_window.*not supported for granite",
     ),
     "YaRN without sense": ({"metadata": {**YARN, ".rope.scaling.factor": -1.0}}, "RoPE factor is -1.0"),
     "wrong number of factors": ({"rope_factors": (1.0, 2.0)}, "RoPE frequency factors is 2"),
