@@ -140,8 +140,8 @@ def decoder(
         )
     if spec.experts is None and Keys(source).integer("expert_count", 0):
         raise ModelError(
-            f"{source.path} is a mixture of experts ({spec.architecture}.expert_count), which is supported for "
-            "qwen3moe only; use a dense model"
+            f"{source.path} is a mixture of experts ({spec.architecture}.expert_count), which "
+            "is supported for qwen3moe only; use a dense model"
         )
     if not any(spec.attention_windows) and any(Keys(source).windows(spec.layers)):
         raise ModelError(
