@@ -104,7 +104,10 @@ class ReadyTokenizer:
         """See the module: into the form that the runtime expects."""
         record = self._record
         record.update(truncation=None, padding=None, post_processor=None)
-        record["model"]["dropout"] = None
+        model = record["model"]
+        model["dropout"] = None
+        if not isinstance(model.get("unk_token"), str) or model["unk_token"] not in self._vocabulary:
+            model["unk_token"] = None  # the library would fail in the middle of a text
         before = record.get("pre_tokenizer")
         if self._kind == BYTE_LEVEL or not isinstance(before, dict) or before.get("type") != "Metaspace":
             return

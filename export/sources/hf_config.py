@@ -56,12 +56,12 @@ class Family:
 
 
 def _gemma(config: Record) -> Values:
+    """A softcap of 0 is none: a null in the config is not what GGUF's readers take for a missing key."""
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
     return {
         "attention.scale": config.number("query_pre_attn_scalar", 256.0) ** -0.5,
-        **config.present({
-            "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
-        }),
-    }  # fmt: skip
+        **{key: 0.0 if config.get(key) is None else config.number(key) for key in caps},
+    }
 
 
 def _granite(config: Record) -> Values:
@@ -117,7 +117,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "gemma2", TensorNames(GEMMA_NAMES, norm_shift=1.0), "gelu_pytorch_tanh", _gemma,
         defaults={"head_dim": 256, "sliding_window": 4096, "hidden_activation": "gelu_pytorch_tanh",
-                  "tie_word_embeddings": True, "sliding_window_pattern": 2},
+                  "tie_word_embeddings": True, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0,
+                  "final_logit_softcapping": 30.0},
         supported={"use_bidirectional_attention": False},
     ),
     "gemma3_text": GEMMA3,
