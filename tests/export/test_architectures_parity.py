@@ -79,7 +79,9 @@ CASES: dict[str, Case] = {
         "Qwen2", "qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
         {"attention_windows": ALL_WINDOWS, "no windows": {"attention_windows": NO_WINDOWS}},
     ),
-    "qwen3": Case("Qwen3", "qwen3", {"head_dim": 32}, {"query_key_norm": "none"}),
+    "qwen3": Case(
+        "Qwen3", "qwen3", {"head_dim": 32, "rms_norm_eps": 0.05}, {"query_key_norm": "none", "norm_epsilon": 1e-6}
+    ),
     "gemma2": Case(
         "Gemma2", "gemma2",
         {"head_dim": 32, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "final_logit_softcapping": 20.0,
@@ -107,7 +109,10 @@ CASES: dict[str, Case] = {
     "granite with biases": Case(
         "Granite", "granite", {"residual_multiplier": 0.4, "attention_bias": True, "mlp_bias": True}
     ),
-    "olmo2": Case("Olmo2", "olmo2", {"tie_word_embeddings": False}, {"query_key_norm": "none"}),
+    "olmo2": Case(
+        "Olmo2", "olmo2", {"tie_word_embeddings": False, "rms_norm_eps": 0.05},
+        {"query_key_norm": "none", "norm_epsilon": 1e-6},
+    ),
     "smollm3": Case(
         "SmolLM3", "smollm3", {"no_rope_layers": [1, 0, 1, 1], "use_sliding_window": False},
         {"unrotated_layers": (3,)},

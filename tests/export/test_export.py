@@ -21,6 +21,7 @@ from satchel.export.rope import rope_frequencies
 from satchel.export.spec import ModelSpec, RopeSpec
 from tiny_models import MIXED_TYPES, write_tiny_gguf
 
+FAMILIES = ("gemma2", "gemma3", "granite", "olmo2", "phi3", "qwen3", "qwen3moe", "smollm3")
 IDS = [5, 17, 60, 201, 3, 3, 99, 42]
 YARN = {
     ".rope.scaling.type": "yarn",
@@ -45,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear RoPE": {"metadata": {".rope.scaling.type": "linear", ".rope.scaling.factor": 2.0}},
     "YaRN": {"metadata": YARN},
     "heads wider than the model": {"head_size": 32},
+    **{name: {"architecture": name, "layers": 4} for name in FAMILIES},
 }  # fmt: skip
 
 
