@@ -99,6 +99,11 @@ class Manifest:
                 f"{where} has format version {value.get('format_version')}, this Satchel reads "
                 f"{FORMAT_VERSION}; {REMEDY}"
             )
+        if value.get("exporter_version") != EXPORTER_VERSION:
+            raise ModelError(
+                f"{where} is of exporter version {value.get('exporter_version')}, this Satchel runs packages of "
+                f"{EXPORTER_VERSION}; {REMEDY}"
+            )
         try:
             source = value["source"]
             manifest = cls(

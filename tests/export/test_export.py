@@ -301,6 +301,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest of a list": (lambda folder: (folder / "satchel.json").write_text("[]"), "not the manifest"),
     "foreign manifest": (edit_manifest(lambda value: value.update(format="x")), "not the manifest"),
     "later version": (edit_manifest(lambda value: value.update(format_version=2)), "format version 2"),
+    "other exporter": (edit_manifest(lambda value: value.update(exporter_version=1)), "exporter version 1, this"),
     "no spec": (edit_manifest(lambda value: value.pop("spec")), "incomplete"),
     "spec of text": (edit_manifest(lambda value: value.update(spec="x")), "spec is not a record"),
     "spec with a surplus key": (edit_manifest(lambda value: value["spec"].update(a=1)), "unknown keys"),
