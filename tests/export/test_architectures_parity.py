@@ -24,7 +24,7 @@ from satchel.export.architectures import ARCHITECTURES, DecoderModel, read_model
 from satchel.export.native import NativeFlavour
 from satchel.export.package import FileRecord, Manifest, Package, TokenizerSettings
 from satchel.export.sources import open_source
-from satchel.export.spec import ExpertSpec, RopeSpec
+from satchel.export.spec import ExpertSpec, ModelSpec, RopeSpec
 from satchel.runtime.engine import Engine
 
 torch = pytest.importorskip("torch", reason="needs the extra 'reference'")
@@ -188,7 +188,7 @@ def export(source_path: Path, folder: Path, change: dict[str, Any] | None = None
     files = {path.name: FileRecord(path.stat().st_size, "") for path in folder.iterdir()}
     nothing = TokenizerSettings(kind="byte-level")
     manifest = Manifest(flavour.model.spec, nothing, "native", 8, "tiny", 0, "", 0, (), files)
-    json.dumps(manifest.to_json())
+    assert ModelSpec.from_json(json.loads(json.dumps(manifest.spec.to_json()))) == manifest.spec
     return Package(folder, manifest)
 
 

@@ -163,6 +163,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "granite", "metadata": {".attention.sliding_window": 16}},
         "granite.attention.sliding_window.*not supported for granite",
     ),
+    "a window of text": (
+        {"architecture": "llama", "metadata": {".attention.sliding_window": "wide"}}, "sliding_window is 'wide'",
+    ),
+    "windows of three layers": (
+        {"architecture": "gemma3", "metadata": {".attention.sliding_window_pattern": [True, False, True]}},
+        "sliding_window_pattern is .*, not a list of 2",
+    ),
+    "a base of nothing": (
+        {"architecture": "gemma3", "metadata": {".rope.freq_base_swa": 0.0}}, "RoPE base is 0.0",
+    ),
+    "more experts used than there are": (
+        {"architecture": "qwen3moe", "metadata": {".expert_used_count": 5}}, "experts used is 5; supported: 1 to 4",
+    ),
+    "experts of another number": (
+        {"architecture": "qwen3moe", "metadata": {".expert_count": 8}}, r"ffn_gate_inp.weight has the shape \[4, 64\]",
+    ),
+    "a cap below nothing": (
+        {"architecture": "gemma2", "metadata": {".final_logit_softcapping": -1.0}}, "logits_softcap is -1.0",
+    ),
+    "a scale that is no number": (
+        {"architecture": "granite", "metadata": {".residual_scale": float("nan")}}, "residual_scale is nan, not",
+    ),
     "YaRN without sense": ({"metadata": {**YARN, ".rope.scaling.factor": -1.0}}, "RoPE factor is -1.0"),
     "wrong number of factors": ({"rope_factors": (1.0, 2.0)}, "RoPE frequency factors is 2"),
     "factor that is not a number": ({"rope_factors": (float("nan"),) * 8}, "RoPE frequency factor is nan"),
@@ -311,6 +333,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_manifest(lambda value: value["spec"]["rope"].update(base="x")),
         "cannot be read",
     ),
+    "windows of nonsense": (
+        edit_manifest(lambda value: value["spec"].update(attention_windows="ab")), "cannot be read",
+    ),
+    "too few windows": (
+        edit_manifest(lambda value: value["spec"].update(attention_windows=[8])), "number of attention windows is 1",
+    ),
+    "experts of nonsense": (edit_manifest(lambda value: value["spec"].update(experts=3)), "cannot be read"),
+    "another place of norms": (edit_manifest(lambda value: value["spec"].update(norm_places="all")), "pre, post, both"),
     "no tokenizer": (edit_manifest(lambda value: value.pop("tokenizer")), "incomplete"),
     "a path as file name": (
         edit_manifest(lambda value: value["files"].update({"../x": {"bytes": 1, "sha256": ""}})),

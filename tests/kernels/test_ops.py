@@ -203,7 +203,10 @@ def test_experts_with_wrong_inputs() -> None:
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "change",
-    [{}, {"window": 3}, {"softcap": 2.0}, {"rope_attention_factor": 1.5}, {"rope_dims": 8}, {"layer": 1}],
+    [
+        {}, {"window": 3}, {"softcap": 2.0}, {"rope_attention_factor": 1.5}, {"rope_dims": 8}, {"rope_dims": 0},
+        {"layer": 1},
+    ],
 )
 def test_attention(storage: str, change: dict[str, Any]) -> None:
     settings = {**ATTENTION, **change}
