@@ -8,7 +8,7 @@ import click
 
 from ..devices.sizes import format_size
 from ..export.exporter import BITS, FLAVOURS, export_model
-from ..export.hub import fetch
+from ..export.resolve import find_source
 from .progress import progress_bar
 
 EPILOG = """\b
@@ -42,15 +42,13 @@ Examples:
 def command(source: str, out: Path, bits: str, form: str, flavour: str) -> None:  # noqa: ARG001 (one form so far)
     """Export SOURCE into the package folder OUT and print its path.
 
-    SOURCE is a .gguf file (of a split one the first part), a Hugging Face folder (config.json with safetensors), or a
-    name from 'satchel models'. A model that is used by its name or path is exported by itself, once, into the cache
-    folder: this command is for a package in a place of your choice. An older package in OUT is replaced, anything
-    else there is left alone.
+    SOURCE is a .gguf file (of a split one the first part), a Hugging Face folder (config.json with safetensors), a
+    name from 'satchel models', or a name on the Hugging Face hub (org/name). A model that is used by its name or path
+    is exported by itself, once, into the cache folder: this command is for a package in a place of your choice. An
+    older package in OUT is replaced, anything else there is left alone.
     """
     with progress_bar("bytes") as progress:
-        file = Path(source)
-        if not file.exists() and file.name == source and file.suffix != ".gguf":
-            file = fetch(source, progress=progress, notice=progress.notice)
+        file = find_source(source, progress=progress, notice=progress.notice)
         package = export_model(file, out, bits=int(bits), flavour=flavour, progress=progress)
         worst = max((matrix["rms_error"] for matrix in package.manifest.matrices), default=0.0)
         progress.notice(f"{format_size(package.weight_bytes)} of weights; largest error of a matrix: {worst:.2%}")
