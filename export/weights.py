@@ -132,7 +132,8 @@ def share_embedding(model: DecoderModel, source: Source) -> DecoderModel:
 def plan_matrices(model: DecoderModel, source: Source, bits: int) -> list[PlannedMatrix]:
     """The format of each matrix. ``bits`` 8: as the file has it where possible, else 8; 4: layers in 4 bits.
 
-    The embedding and the output projection keep the 8-bit rule in both cases: they decide the words.
+    The embedding, the output projection and the routers of experts keep the 8-bit rule in both cases: they decide
+    the words, and what the others are multiplied with.
     """
     planned = []
     for weight in model.weights:
@@ -140,7 +141,7 @@ def plan_matrices(model: DecoderModel, source: Source, bits: int) -> list[Planne
             continue
         tensor = source.tensors[weight.tensor]
         carried = CARRIED.get(tensor.type_name)
-        in_layer = weight.role.startswith("layers.")
+        in_layer = weight.role.startswith("layers.") and not weight.role.endswith(".router")
         if carried is not None and (bits == 8 or carried.format.bits <= 4 or not in_layer):
             planned.append(PlannedMatrix(weight, tensor, carried.format, exact=True))
         else:

@@ -125,6 +125,10 @@ CASES: dict[str, Case] = {
         "Phi3", "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
         {"rope": RopeSpec(1e4, 8), "all dimensions": {"rope": RopeSpec(1e4, 16)}},
     ),
+    "phi3 with LongRoPE for its first context": Case(
+        "Phi3", "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256},
+        {"rope": RopeSpec(1e4, 8, frequency_factors=(1.0, 2.0, 5.0, 9.0))},
+    ),
     "qwen3moe": Case(
         "Qwen3Moe", "qwen3moe",
         {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,

@@ -101,6 +101,8 @@ def test_four_bits_are_in_the_layers_only(tmp_path: Path) -> None:
     eight, four = (export_model(source, tmp_path / str(bits), bits=bits) for bits in (8, 4))
     for record in four.manifest.matrices:
         assert (record["bits"] == 4) == record["role"].startswith("layers.")
+    experts = export_model(write_tiny_gguf(tmp_path / "e.gguf", "qwen3moe", types=("F16",)), tmp_path / "e", bits=4)
+    assert {r["bits"] for r in experts.manifest.matrices if r["role"].endswith("router")} == {8}
     assert four.weight_bytes < eight.weight_bytes
     logits_close(reference_from_package(four.folder), reference_from_package(eight.folder), 0.5)
 
