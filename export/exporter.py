@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
+
+from tokenizers import Tokenizer
 
 from ..devices.files.cache_folder import package_folder, packages_folder
 from ..devices.files.file_lock import file_lock
@@ -30,6 +33,7 @@ from .package import (
     record_files,
     write_manifest,
 )
+from .ready_tokenizer import ReadyTokenizer
 from .sources import Source, open_source
 from .tokenizer import TokenizerSettings, build_tokenizer
 from .weights import MatrixRecord
@@ -56,9 +60,10 @@ FLAVOURS = {"native": NativeFlavour}
 def export_model(
     source: Path, out: Path, *, bits: int = 8, flavour: str = "native", progress: Progress | None = None
 ) -> Package:
-    """Exports the model file ``source`` into the package folder ``out``, replacing an older package there.
+    """Exports a model into the package folder ``out``, replacing an older package there.
 
     Args:
+        source: a .gguf file (of a split one the first part) or a Hugging Face folder.
         bits: 8 keeps every code of the file; 4 rounds the layers' matrices to 4 bits.
         progress: called with the stages ``checking`` and ``exporting``, in bytes.
 
@@ -97,13 +102,13 @@ def ensure_package(
     with open_source(source) as opened:
         sha256 = _fingerprint(opened, packages_folder(cache_dir), report)
         key = f"{sha256[:16]}-v{EXPORTER_VERSION}-{flavour}-{bits}"
-        folder = package_folder(cache_dir, source.stem, key)
+        folder = package_folder(cache_dir, opened.name, key)
         with contextlib.suppress(ModelError):
             return open_package(folder)
         make_folder(folder.parent)
         with (
             storage_errors(folder.parent),
-            file_lock(folder.with_name(folder.name + ".lock"), f"exporting {source.stem}", notice=notice),
+            file_lock(folder.with_name(folder.name + ".lock"), f"exporting {opened.name}", notice=notice),
         ):
             with contextlib.suppress(ModelError):  # another process made it while this one waited
                 return open_package(folder)
@@ -121,18 +126,18 @@ def _export(
     source: Source, sha256: str | None, out: Path, bits: int, flavour: str, progress: Progress
 ) -> Package:
     """Looks at all that may be refused before the source is hashed or a byte is written."""
-    settings = TokenizerSettings.from_metadata(source.metadata)
     writer: Flavour = FLAVOURS[flavour](read_model(source), source, bits)
+    settings, make_tokenizer = _tokenizer(source, writer.model.spec.vocab)
     sha256 = sha256 or source.hash(progress)
     with temporary_folder(out, bytes_needed=writer.bytes_needed + TOKENIZER_BYTES) as folder:
         records = writer.write(folder, progress)
-        build_tokenizer(source.metadata).save(str(folder / TOKENIZER_FILE), pretty=False)
+        make_tokenizer().save(str(folder / TOKENIZER_FILE), pretty=False)
         manifest = Manifest(
             spec=writer.model.spec,
             tokenizer=settings,
             flavour=flavour,
             bits=bits,
-            source_name=source.path.name,
+            source_name=source.path.absolute().name,
             source_bytes=source.size,
             source_sha256=sha256,
             exporter_version=EXPORTER_VERSION,
@@ -143,14 +148,24 @@ def _export(
     return Package(out, manifest)
 
 
+def _tokenizer(source: Source, vocab: int) -> tuple[TokenizerSettings, Callable[[], Tokenizer]]:
+    """The settings of the source's tokenizer, and what makes the tokenizer itself."""
+    if source.tokenizer is not None:
+        ready = ReadyTokenizer(source.tokenizer, vocab)
+        return ready.settings, lambda: ready.tokenizer
+    if source.path.is_dir():
+        raise ModelError(
+            f"{source.path} has no tokenizer.json; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
+            "transformers writes one"
+        )
+    return TokenizerSettings.from_metadata(source.metadata), lambda: build_tokenizer(source.metadata)
+
+
 def _fingerprint(source: Source, folder: Path, progress: Progress) -> str:
-    """The source's SHA-256, remembered by path, size, time and inode so that a start need not read it all
-    again.
-    """
+    """The source's SHA-256, remembered by path and ``Source.mark`` so that a start need not read it all again."""
     index = folder / FINGERPRINTS_FILE
-    status = source.path.stat()
     key = str(source.path.absolute())
-    mark = [status.st_size, status.st_mtime_ns, status.st_ino]
+    mark = source.mark
     known = _read_fingerprints(index)
     entry = known.get(key)
     if entry is not None and entry[:3] == mark:

@@ -32,7 +32,7 @@ __all__ = [
 FORMAT = "satchel-model-package"
 FORMAT_VERSION = 1
 # changes whenever the same source would give other bytes: packages in the cache are then made anew
-EXPORTER_VERSION = 1
+EXPORTER_VERSION = 2
 
 MANIFEST_FILE = "satchel.json"
 MODEL_FILE = "model.onnx"
@@ -98,6 +98,11 @@ class Manifest:
             raise ModelError(
                 f"{where} has format version {value.get('format_version')}, this Satchel reads "
                 f"{FORMAT_VERSION}; {REMEDY}"
+            )
+        if value.get("exporter_version") != EXPORTER_VERSION:
+            raise ModelError(
+                f"{where} is of exporter version {value.get('exporter_version')}, this Satchel runs packages of "
+                f"{EXPORTER_VERSION}; {REMEDY}"
             )
         try:
             source = value["source"]

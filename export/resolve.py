@@ -1,4 +1,4 @@
-"""From what a person names (a registry name, a .gguf file, a package folder) to an opened package."""
+"""From what a person names (a .gguf file, a model or package folder, a name) to an opened package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from ..devices.reporting import Notice, Progress, log_notice
 from ..errors import ModelError
 from .exporter import ensure_package
 from .hub.download import fetch
-from .package import Package, open_package
+from .hub.repository import fetch_folder, is_repository_name
+from .package import MANIFEST_FILE, Package, open_package
+from .sources import is_huggingface
 
 
 def resolve_model(
@@ -21,18 +23,33 @@ def resolve_model(
         ModelError: no such model, or one that cannot be used.
         DownloadError, StorageError: it could not be fetched or stored.
     """
+    path = find_source(name, cache_dir=cache_dir, progress=progress, notice=notice)
+    if path.is_dir() and ((path / MANIFEST_FILE).exists() or not is_huggingface(path)):
+        return open_package(path)
+    return ensure_package(path, cache_folder(cache_dir), progress, notice=notice)
+
+
+def find_source(
+    name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None, notice: Notice = log_notice
+) -> Path:
+    """The file or folder that ``name`` means; a name of the registry or of the hub is fetched first.
+
+    Raises:
+        ModelError: there is no such file, folder or name.
+        DownloadError, StorageError: it could not be fetched or stored.
+    """
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # ~name of nobody
         raise ModelError(
-            f"{name}: there is no such user's folder; give a .gguf file, a package folder or a name"
+            f"{name}: there is no such user's folder; give a .gguf file, a model or package folder, or a name"
         ) from None
-    if path.is_dir():
-        return open_package(path)
-    root = cache_folder(cache_dir)
-    if path.is_file():
-        return ensure_package(path, root, progress, notice=notice)
+    if path.is_file() or path.is_dir():
+        return path
+    if isinstance(name, str) and is_repository_name(name):
+        return fetch_folder(name, progress=progress, notice=notice)
     if path.suffix == ".gguf" or len(path.parts) > 1:
-        raise ModelError(f"{path} does not exist; give a .gguf file, a package folder or a name from 'satchel models'")
-    source = fetch(str(name), cache_dir=cache_dir, progress=progress, notice=notice)
-    return ensure_package(source, root, progress, notice=notice)
+        raise ModelError(
+            f"{path} does not exist; give a .gguf file, a model or package folder, or a name from 'satchel models'"
+        )
+    return fetch(str(name), cache_dir=cache_dir, progress=progress, notice=notice)

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 from ..errors import ModelError
 
 ROPE_SCALINGS = ("none", "linear", "yarn", "llama3")
+ACTIVATIONS = ("silu", "gelu_tanh")
+NORM_PLACES = ("pre", "post", "both")  # of each sublayer: its input, its output, or both
+QUERY_KEY_NORMS = ("none", "head", "whole")  # each head of its own, or all heads of a projection together
 HEAD_SIZE_STEP = 16  # the attention kernels take whole vectors of 16 floats
 MAX_HEAD_SIZE = 256
 COLUMN_STEP = 32  # the packed weights have blocks of 32 along the input
@@ -21,8 +24,9 @@ LARGEST = {
     "layers": 1024, "hidden": 1 << 17, "heads": 1024, "kv_heads": 1024, "head_size": MAX_HEAD_SIZE,
     "feed_forward": 1 << 20, "vocab": 1 << 22, "context_length": 1 << 31,
 }  # fmt: skip
+MOST_EXPERTS = 1024
 
-Record = TypeVar("Record", "RopeSpec", "ModelSpec")
+Record = TypeVar("Record", "RopeSpec", "ExpertSpec", "ModelSpec")
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,30 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class ExpertSpec:
+    """Feed-forward blocks of which each token passes a few: the ``used`` ones that a router likes best."""
+
+    count: int
+    used: int
+    width: int  # inner width of one expert
+    normalized: bool  # whether the weights of the used ones add up to 1
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.count <= MOST_EXPERTS, "number of experts", self.count, f"1 to {MOST_EXPERTS}")
+        _require(1 <= self.used <= self.count, "number of experts used", self.used, f"1 to {self.count}")
+        good = 1 <= self.width <= LARGEST["feed_forward"] and self.width % COLUMN_STEP == 0
+        _require(good, "width of an expert", self.width, f"a multiple of {COLUMN_STEP}")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: L layers, H query heads, KV key-value heads of size D, as in the legend of the docs."""
+    """A decoder: L layers, H query heads, KV key-value heads of size D, as in the legend of the docs.
+
+    ``rope`` turns queries and keys of the layers that see everything, ``window_rope`` those of windowed layers
+    (None: the same). ``attention_windows`` has one number per layer, 0 where the layer sees everything; empty
+    means no windows. ``feed_forward`` is the inner width that a token passes: of a mixture of experts, that of
+    all its used experts together.
+    """
 
     architecture: str
     name: str
@@ -80,7 +106,17 @@ class ModelSpec:
     tied_embeddings: bool
     attention_scale: float
     attention_softcap: float = 0.0  # 0: none
-    attention_window: int = 0  # 0: none
+    attention_windows: tuple[int, ...] = ()  # [L], 0: none
+    window_rope: RopeSpec | None = None
+    unrotated_layers: tuple[int, ...] = ()  # those without RoPE
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what a sublayer adds
+    logits_multiplier: float = 1.0
+    logits_softcap: float = 0.0  # 0: none
+    activation: str = "silu"
+    norm_places: str = "pre"
+    query_key_norm: str = "none"
+    experts: ExpertSpec | None = None
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -95,22 +131,47 @@ class ModelSpec:
         for name, width in (widths | {"heads x head_size": self.heads * self.head_size}).items():
             _require(width % COLUMN_STEP == 0, name, width, f"a multiple of {COLUMN_STEP}")
         _require(0 < self.norm_epsilon < 1, "norm_epsilon", self.norm_epsilon, "between 0 and 1")
-        _require(_positive(self.attention_scale), "attention_scale", self.attention_scale, "positive")
-        softcap, window, dims = self.attention_softcap, self.attention_window, self.rope.dims
-        _require(0 <= softcap < math.inf, "attention_softcap", softcap, "0 or more")
-        _require(window >= 0, "attention_window", window, "0 or more")
-        _require(dims <= self.head_size, "RoPE dimensions", dims, f"at most {self.head_size}")
+        for name in ("attention_scale", "embedding_multiplier", "residual_multiplier", "logits_multiplier"):
+            _require(_positive(getattr(self, name)), name, getattr(self, name), "positive")
+        for name in ("attention_softcap", "logits_softcap"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        for name, known in (
+            ("activation", ACTIVATIONS),
+            ("norm_places", NORM_PLACES),
+            ("query_key_norm", QUERY_KEY_NORMS),
+        ):
+            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        windows = self.attention_windows or (0,) * self.layers
+        object.__setattr__(self, "attention_windows", windows)  # always one for each layer
+        good = len(windows) == self.layers
+        _require(good, "number of attention windows", len(windows), f"{self.layers}, one for each layer")
+        for window in windows:
+            _require(0 <= window <= LARGEST["context_length"], "attention window", window, "0 or more")
+        for layer in self.unrotated_layers:
+            _require(0 <= layer < self.layers, "layer without RoPE", layer, f"0 to {self.layers - 1}")
+        for rope in (self.rope, self.window_rope or self.rope):
+            _require(rope.dims <= self.head_size, "RoPE dimensions", rope.dims, f"at most {self.head_size}")
+        if self.experts is not None:
+            inner = self.experts.used * self.experts.width
+            _require(self.feed_forward == inner, "feed_forward", self.feed_forward, f"used experts' {inner}")
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values over all layers, in 16-bit floats."""
         return self.layers * self.kv_heads * self.head_size * 2 * 2
 
+    def layer_rope(self, layer: int) -> RopeSpec | None:
+        """The rotary positions of a layer; None for a layer that has none."""
+        if layer in self.unrotated_layers:
+            return None
+        return (self.window_rope or self.rope) if self.attention_windows[layer] else self.rope
+
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries and numbers, ready for ``json``."""
-        value = asdict(self)
-        value["rope"]["frequency_factors"] = list(self.rope.frequency_factors)
-        return value
+        """Plain dictionaries, lists and numbers, ready for ``json``."""
+        return asdict(self, dict_factory=_plain)
 
     @classmethod
     def from_json(cls, value: Any) -> ModelSpec:
@@ -121,18 +182,30 @@ class ModelSpec:
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("rope"), Mapping):
             raise ModelError("the package's spec is not a record with a rope record; export the model again")
-        rope = dict(value["rope"])
+        parts = dict(value)
         try:
-            rope["frequency_factors"] = tuple(rope.get("frequency_factors", ()))
-            return _record(cls, {**value, "rope": _record(RopeSpec, rope)})
-        except TypeError as error:
+            for name in ("attention_windows", "unrotated_layers"):
+                parts[name] = tuple(parts.get(name, ()))
+            for name in ("rope", "window_rope"):
+                if parts.get(name) is not None:
+                    parts[name] = _record(RopeSpec, parts[name])
+            if parts.get("experts") is not None:
+                parts["experts"] = _record(ExpertSpec, parts["experts"])
+            return _record(cls, parts)
+        except (TypeError, ValueError) as error:
             raise ModelError(f"the package's spec cannot be read ({error}); export the model again") from None
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
 def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
     unknown = sorted(set(values) - {field.name for field in fields(kind)})
     if unknown:
         raise ModelError(f"the package's spec has unknown keys {unknown}; export the model again")
+    if "frequency_factors" in values:
+        values = {**values, "frequency_factors": tuple(values["frequency_factors"])}
     return kind(**values)
 
 

@@ -34,7 +34,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _LARGEST_TYPE = 6
 
 # Tokens that end an answer, by their usual spelling; a file names only one of them as its end of sequence.
-_STOP_TOKENS = frozenset(
+STOP_TOKENS = frozenset(
     [
         *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
         *(
@@ -51,7 +51,7 @@ _STOP_TOKENS = frozenset(
     ]
 )
 # Not "</s>": Gemma has it as a user-defined token for HTML; where it ends a sequence it is marked control.
-_CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]", re.DOTALL)
+CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]", re.DOTALL)
 
 # --- How byte-level vocabularies cut text into words ------------------------------------------------------
 
@@ -270,7 +270,7 @@ class _Vocabulary:
         kind = self.types[index]
         if kind in (_CONTROL, _UNKNOWN):
             return True
-        return kind == _USER_DEFINED and _CONTROL_SHAPE.fullmatch(self.tokens[index]) is not None
+        return kind == _USER_DEFINED and CONTROL_SHAPE.fullmatch(self.tokens[index]) is not None
 
     def added(self) -> list[dict[str, Any]]:
         """The ``added_tokens`` of a tokenizer.json, by id."""
@@ -328,7 +328,7 @@ def _settings(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> Tokenizer
     stops = {index for index in (eos, eot, eom) if index is not None}
     stops |= {
         vocabulary.ids[name]
-        for name in _STOP_TOKENS & vocabulary.ids.keys()
+        for name in STOP_TOKENS & vocabulary.ids.keys()
         if vocabulary.is_special(vocabulary.ids[name])
     }
     template = metadata.get("tokenizer.chat_template")

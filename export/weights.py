@@ -132,7 +132,8 @@ def share_embedding(model: DecoderModel, source: Source) -> DecoderModel:
 def plan_matrices(model: DecoderModel, source: Source, bits: int) -> list[PlannedMatrix]:
     """The format of each matrix. ``bits`` 8: as the file has it where possible, else 8; 4: layers in 4 bits.
 
-    The embedding and the output projection keep the 8-bit rule in both cases: they decide the words.
+    The embedding, the output projection and the routers of experts keep the 8-bit rule in both cases: they decide
+    the words, and what the others are multiplied with.
     """
     planned = []
     for weight in model.weights:
@@ -140,7 +141,7 @@ def plan_matrices(model: DecoderModel, source: Source, bits: int) -> list[Planne
             continue
         tensor = source.tensors[weight.tensor]
         carried = CARRIED.get(tensor.type_name)
-        in_layer = weight.role.startswith("layers.")
+        in_layer = weight.role.startswith("layers.") and not weight.role.endswith(".router")
         if carried is not None and (bits == 8 or carried.format.bits <= 4 or not in_layer):
             planned.append(PlannedMatrix(weight, tensor, carried.format, exact=True))
         else:
@@ -153,6 +154,7 @@ def read_vector(weight: WeightRole, source: Source) -> Floats:
     """A norm's weight or a bias as float32 [n], its rows in half-split order."""
     tensor = source.tensors[weight.tensor]
     values = to_float(tensor.read_rows(0, tensor.rows), tensor.type_name).reshape(-1)
+    values = values[weight.first_row : weight.first_row + weight.shape[0]]
     _check_finite(float(np.abs(values).max()), tensor)
     order = weight.row_order()
     return values if order is None else values[order]
@@ -223,11 +225,12 @@ def _stored_chunks(planned: PlannedMatrix, multiplier: float, meter: _ErrorMeter
 
 def _raw_chunks(planned: PlannedMatrix) -> Iterator[npt.NDArray[np.uint8]]:
     """Raw rows in the package's order, whole panels at a time."""
-    tensor, order = planned.source, planned.weight.row_order()
+    tensor, weight, order = planned.source, planned.weight, planned.weight.row_order()
     rows = max(CHUNK_ELEMENTS // tensor.columns // ROWS_PER_PANEL, 1) * ROWS_PER_PANEL
-    whole = None if order is None else tensor.read_rows(0, tensor.rows)[order]
-    for start, stop in tensor.row_chunks(rows):
-        yield tensor.read_rows(start, stop) if whole is None else whole[start:stop]
+    first, count = weight.first_row, weight.shape[0]
+    whole = None if order is None else tensor.read_rows(first, first + count)[order]
+    for start, stop in tensor.row_chunks(rows, first, count):
+        yield tensor.read_rows(start, stop) if whole is None else whole[start - first : stop - first]
 
 
 def _check_finite(largest: float, tensor: SourceTensor) -> None:

@@ -39,7 +39,9 @@ def embed(
     has_min: bool,
     multiplier: float,
 ) -> NDArray[np.float32]: ...
-def swiglu(gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]: ...
+def gated(
+    gate: NDArray[np.float32], up: NDArray[np.float32], activation: str = "silu"
+) -> NDArray[np.float32]: ...
 
 class NativeCodec:
     def __init__(

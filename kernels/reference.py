@@ -151,11 +151,43 @@ def embedding(ids: ArrayLike, codes: ArrayLike, scales: ArrayLike, mins: ArrayLi
     return rows
 
 
-def swiglu(gate: ArrayLike, up: ArrayLike) -> Floats:
-    """``silu(gate) * up``, element by element."""
+def gated(gate: ArrayLike, up: ArrayLike, activation: str = "silu") -> Floats:
+    """``activation(gate) * up``, element by element; ``gelu_tanh`` is GELU's approximation by a tanh."""
     opened = _float64(gate)
-    sigmoid = np.exp(-np.logaddexp(0.0, -opened))  # 1 / (1 + exp(-gate)), without overflow
-    return _float64(opened * sigmoid * _float64(up))
+    if activation == "gelu_tanh":
+        share = 0.5 * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (opened + 0.044715 * opened**3)))
+    else:
+        share = np.exp(-np.logaddexp(0.0, -opened))  # 1 / (1 + exp(-gate)), without overflow
+    return _float64(opened * share * _float64(up))
+
+
+def mixture_of_experts(
+    x: ArrayLike,
+    logits: ArrayLike,
+    gate: ArrayLike,
+    up: ArrayLike,
+    down: ArrayLike,
+    *,
+    used: int,
+    normalized: bool,
+    activation: str = "silu",
+) -> Floats:
+    """Each row of ``x`` [T, I] through the ``used`` of E gated feed-forward blocks with the largest ``logits`` [T, E].
+
+    ``gate`` and ``up`` are [E, W, I], ``down`` is [E, I, W]. A block's weight is its share of the softmax over all
+    logits of the row, or, when ``normalized``, over those of the used blocks.
+    """
+    rows, scores = _float64(x), _float64(logits)
+    opening, rising, falling = _float64(gate), _float64(up), _float64(down)
+    out = np.zeros_like(rows)
+    for token, row in enumerate(rows):
+        best = np.argsort(-scores[token], kind="stable")[:used]
+        shares = np.exp(scores[token] - scores[token].max())
+        total = shares[best].sum() if normalized else shares.sum()
+        for expert in best:
+            inner = gated(opening[expert] @ row, rising[expert] @ row, activation)
+            out[token] += shares[expert] / total * (falling[expert] @ inner)
+    return out
 
 
 @dataclass

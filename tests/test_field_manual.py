@@ -166,7 +166,7 @@ def test_models_and_commands() -> None:
     assert [match[1] for match in commands if match] == list(cli.COMMANDS)
     planned = next(row[0] for row in rows(section(21)) if row[0].startswith("the commands"))
     assert not set(re.findall(r"`(\w+)`", planned)) & set(cli.COMMANDS)
-    assert [f"`{name}`" in section(2) for name in ARCHITECTURES] == [True, True]
+    assert [name for name in ARCHITECTURES if f"`{name}`" not in section(2)] == []
 
 
 def test_reading() -> None:

@@ -9,12 +9,23 @@ from collections.abc import Callable
 
 from ...errors import ModelError
 from ..sources import Source
-from . import llama, qwen2
+from . import gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, qwen3moe, smollm3
 from .base import DecoderModel, WeightRole
 
 __all__ = ["ARCHITECTURES", "DecoderModel", "WeightRole", "read_model"]
 
-ARCHITECTURES: dict[str, Callable[[Source], DecoderModel]] = {"llama": llama.read, "qwen2": qwen2.read}
+ARCHITECTURES: dict[str, Callable[[Source], DecoderModel]] = {
+    "gemma2": gemma2.read,
+    "gemma3": gemma3.read,
+    "granite": granite.read,
+    "llama": llama.read,
+    "olmo2": olmo2.read,
+    "phi3": phi3.read,
+    "qwen2": qwen2.read,
+    "qwen3": qwen3.read,
+    "qwen3moe": qwen3moe.read,
+    "smollm3": smollm3.read,
+}
 
 
 def read_model(source: Source) -> DecoderModel:
@@ -28,6 +39,6 @@ def read_model(source: Source) -> DecoderModel:
     if reader is None:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ModelError(
-            f"{source.path} has the architecture {source.architecture!r}; supported are: {known}"
+            f"{source.path} has the architecture {source.architecture!r} (general.architecture); supported are: {known}"
         )
     return reader(source)

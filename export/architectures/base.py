@@ -1,118 +1,77 @@
-"""What the families share: metadata keys to a spec, tensor names to roles, and their checks."""
+"""What the families share: from metadata to a spec, and from a spec to the weights of the decoder.
+
+Keys and tensor names are GGUF's; sources of other kinds present themselves in them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ModelError
-from ..blocks import is_readable
 from ..rope import yarn_attention_factor
 from ..sources import Source
-from ..spec import ModelSpec, RopeSpec
+from ..spec import ExpertSpec, ModelSpec, RopeSpec
+from .keys import Keys
+from .layout import (
+    ALL_LINEARS,
+    LONG_FACTORS,
+    QUERY_KEY_VALUE,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    DecoderModel,
+    Layout,
+    WeightRole,
+    check_shapes,
+)
 
-# tensors that older converters wrote and that hold nothing the metadata does not say
-IGNORED_SUFFIXES = ("attn_rot_embd", "attn_rot_embd.weight", "attn.rope.freqs")
-ROPE_FACTORS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True)
-class WeightRole:
-    """Where one weight of the decoder comes from.
-
-    ``role`` is the name in the package: ``embedding``, ``output``, ``output_norm`` and, with l counted from
-    0, ``layers.{l}.`` + ``attention_norm | query | key | value | attention_output | feed_forward_norm | gate
-    | up | down``, each perhaps with ``.bias``. ``shape`` is [out, in] for a matrix, [n] for a vector.
-    ``interleaved_heads`` is not 0 when the rows of that many heads come in interleaved-RoPE order.
-    """
-
-    role: str
-    tensor: str
-    shape: tuple[int, ...]
-    interleaved_heads: int = 0
-
-    def row_order(self) -> npt.NDArray[np.intp] | None:
-        """Source row of each row in half-split order, or None when the order is right as it is."""
-        if not self.interleaved_heads:
-            return None
-        rows = np.arange(self.shape[0]).reshape(self.interleaved_heads, -1, 2)
-        order: npt.NDArray[np.intp] = rows.swapaxes(1, 2).reshape(-1)
-        return order
+__all__ = [
+    "ALL_LINEARS",
+    "QUERY_KEY_VALUE",
+    "DecoderModel",
+    "Keys",
+    "WeightRole",
+    "decoder",
+    "read_experts",
+    "read_spec",
+]
 
 
-@dataclass(frozen=True)
-class DecoderModel:
-    """A spec and the roles of all its weights, in the order of their use."""
-
-    spec: ModelSpec
-    weights: tuple[WeightRole, ...]
-
-
-class Keys:
-    """Typed access to the metadata keys of one architecture."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._prefix = source.architecture
-
-    def get(self, key: str) -> Any:
-        return self._source.metadata.get(f"{self._prefix}.{key}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]  # some converters write one number per layer
-        if value is None:
-            value = default
-        if not isinstance(value, int):
-            raise self._wrong(key, value, "a whole number")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self._wrong(key, value, "a finite number")
-        return float(value)
-
-    def _wrong(self, key: str, value: object, wanted: str) -> ModelError:
-        shown = "missing" if value is None else repr(value)[:60]
-        return ModelError(
-            f"{self._source.path}: {self._prefix}.{key} is {shown}, not {wanted}; use another file"
-        )
-
-
-def read_decoder(source: Source, *, interleaved_rope: bool, tensor_biases: tuple[str, ...]) -> DecoderModel:
-    """A plain pre-norm decoder with grouped-query attention and a SwiGLU feed-forward.
+def decoder(
+    source: Source, spec: ModelSpec, *, biases: tuple[str, ...] = (), fused: bool = False
+) -> DecoderModel:
+    """The model of ``spec`` with the weights of ``source``, each of them checked.
 
     Args:
-        interleaved_rope: the file's query and key rows are in interleaved order (llama.cpp permutes them so
-            for its ``llama`` family) and must be put back into half-split order.
-        tensor_biases: which of the layer's linears (as GGUF names them) may have a bias.
+        biases: which of the layer's linears (as GGUF names them) may have a bias.
+        fused: query, key and value are one tensor, and so are gate and up.
     """
-    spec = _read_spec(source)
-    if interleaved_rope and spec.rope.dims != spec.head_size:
+    interleaved = source.interleaved_rope
+    if interleaved and spec.rope.dims != spec.head_size:
         raise ModelError(
             f"{source.path}: rotary positions on {spec.rope.dims} of {spec.head_size} dimensions are not "
             f"supported for {spec.architecture}; use another model"
         )
-    weights = tuple(_roles(source, spec, interleaved_rope, tensor_biases))
-    _check_shapes(source, weights)
+    if spec.experts is None and Keys(source).integer("expert_count", 0):
+        raise ModelError(
+            f"{source.path} is a mixture of experts ({spec.architecture}.expert_count), which "
+            "is supported for qwen3moe only; use a dense model"
+        )
+    if not any(spec.attention_windows) and any(Keys(source).windows(spec.layers)):
+        raise ModelError(
+            f"{source.path} has a sliding window ({spec.architecture}.attention.sliding_window), which is not "
+            f"supported for {spec.architecture}; use another model"
+        )
+    layout = Layout(source, spec, biases, fused)
+    weights = tuple(layout.roles())
+    check_shapes(source, weights)
     return DecoderModel(spec, weights)
 
 
-def _read_spec(source: Source) -> ModelSpec:
+def read_spec(source: Source) -> ModelSpec:
+    """What the metadata say in the keys that all families share; a family replaces what it has otherwise."""
     keys = Keys(source)
-    if keys.integer("expert_count", 0):
-        raise ModelError(
-            f"{source.path} is a mixture of experts, which is not supported yet; use a dense model"
-        )
     embedding = source.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{source.path} has no tensor token_embd.weight; it is not a complete model")
@@ -140,7 +99,20 @@ def _read_spec(source: Source) -> ModelSpec:
         norm_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
         rope=_read_rope(source, keys, head_size),
         tied_embeddings="output.weight" not in source.tensors,
-        attention_scale=1.0 / math.sqrt(head_size) if head_size > 0 else 0.0,
+        attention_scale=keys.number("attention.scale", 0.0) or 1.0 / math.sqrt(max(head_size, 1)),
+        attention_softcap=keys.number("attn_logit_softcapping", 0.0),
+        logits_softcap=keys.number("final_logit_softcapping", 0.0),
+    )
+
+
+def read_experts(source: Source) -> ExpertSpec:
+    """The experts that the metadata describe; GGUF's older files mean normalized weights when they do not say."""
+    keys = Keys(source)
+    return ExpertSpec(
+        count=keys.integer("expert_count"),
+        used=keys.integer("expert_used_count"),
+        width=keys.integer("expert_feed_forward_length"),
+        normalized=bool(keys.integer("expert_weights_norm", 1)),
     )
 
 
@@ -149,25 +121,26 @@ def _read_rope(source: Source, keys: Keys, head_size: int) -> RopeSpec:
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
     if scaling == "none" and keys.get("rope.scale_linear") is not None and factor != 1.0:
         scaling = "linear"
-    if scaling not in ("none", "linear", "yarn"):
-        raise ModelError(f"{source.path}: RoPE scaling {scaling!r} is not supported (none, linear, yarn)")
+    if scaling not in ("none", "linear", "yarn", "longrope"):
+        raise ModelError(
+            f"{source.path}: RoPE scaling {scaling!r} is not supported (none, linear, yarn, longrope)"
+        )
     attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
     if scaling == "yarn":
         attention_factor *= yarn_attention_factor(factor)
-    factors: tuple[float, ...] = ()
-    if ROPE_FACTORS in source.tensors:
-        tensor = source.tensors[ROPE_FACTORS]
-        if tensor.type_name != "F32" or tensor.columns > head_size:
-            raise ModelError(
-                f"{source.path}: {ROPE_FACTORS} is {tensor.type_name} {list(tensor.shape)}, not float32"
-            )
-        factors = tuple(tensor.read_rows(0, tensor.rows).view(np.float32).reshape(-1).tolist())
+    context = keys.integer("context_length")
+    original = keys.integer("rope.scaling.original_context_length", context)
+    # LongRoPE has factors for texts within the original context, too: a reader of long documents has one cache
+    # for all lengths and takes the long ones
+    factors = _read_factors(source, (LONG_FACTORS if context > original else SHORT_FACTORS, ROPE_FACTORS), head_size)
+    if scaling == "longrope" and not factors:
+        raise ModelError(f"{source.path} has no tensor {LONG_FACTORS}, which its RoPE scaling needs; use another file")
     return RopeSpec(
         base=keys.number("rope.freq_base", 10000.0),
         dims=keys.integer("rope.dimension_count", head_size),
-        scaling=scaling,
+        scaling="none" if scaling == "longrope" else scaling,
         factor=factor,
-        original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
+        original_context=original,
         attention_factor=attention_factor,
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
@@ -175,55 +148,12 @@ def _read_rope(source: Source, keys: Keys, head_size: int) -> RopeSpec:
     )
 
 
-def _roles(
-    source: Source, spec: ModelSpec, interleaved: bool, biases: tuple[str, ...]
-) -> Iterator[WeightRole]:
-    hidden, inner = spec.hidden, spec.feed_forward
-    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    # our name, GGUF's name, shape, heads whose rows are interleaved
-    linears = (
-        ("query", "attn_q", (queries, hidden), spec.heads if interleaved else 0),
-        ("key", "attn_k", (keys, hidden), spec.kv_heads if interleaved else 0),
-        ("value", "attn_v", (keys, hidden), 0),
-        ("attention_output", "attn_output", (hidden, queries), 0),
-        ("gate", "ffn_gate", (inner, hidden), 0),
-        ("up", "ffn_up", (inner, hidden), 0),
-        ("down", "ffn_down", (hidden, inner), 0),
-    )
-    yield WeightRole("embedding", "token_embd.weight", (spec.vocab, hidden))
-    for layer in range(spec.layers):
-        ours, theirs = f"layers.{layer}.", f"blk.{layer}."
-        yield WeightRole(ours + "attention_norm", theirs + "attn_norm.weight", (hidden,))
-        yield WeightRole(ours + "feed_forward_norm", theirs + "ffn_norm.weight", (hidden,))
-        for role, name, shape, interleaved_heads in linears:
-            yield WeightRole(ours + role, f"{theirs}{name}.weight", shape, interleaved_heads)
-            if name in biases and f"{theirs}{name}.bias" in source.tensors:
-                yield WeightRole(f"{ours}{role}.bias", f"{theirs}{name}.bias", shape[:1], interleaved_heads)
-    yield WeightRole("output_norm", "output_norm.weight", (hidden,))
-    if not spec.tied_embeddings:
-        yield WeightRole("output", "output.weight", (spec.vocab, hidden))
-
-
-def _check_shapes(source: Source, weights: tuple[WeightRole, ...]) -> None:
-    """Every role has its tensor in the right shape, and no tensor is left that we would silently not compute
-    with.
-    """
-    for weight in weights:
-        tensor = source.tensors.get(weight.tensor)
-        if tensor is None:
-            raise ModelError(f"{source.path} has no tensor {weight.tensor}; it is not a complete model")
-        if tensor.shape != weight.shape:
-            raise ModelError(
-                f"{source.path}: tensor {weight.tensor} has the shape {list(tensor.shape)}, its metadata "
-                f"says {list(weight.shape)}; use another file"
-            )
-        if not is_readable(tensor.type_name):
-            raise ModelError(
-                f"{source.path}: tensor {weight.tensor} has the unreadable type {tensor.type_name}; "
-                "use a file in another quantization"
-            )
-    used = {weight.tensor for weight in weights} | {ROPE_FACTORS}
-    surplus = [name for name in source.tensors if name not in used and not name.endswith(IGNORED_SUFFIXES)]
-    if surplus:
-        shown = ", ".join(surplus[:3]) + (f" and {len(surplus) - 3} more" if len(surplus) > 3 else "")
-        raise ModelError(f"{source.path} has tensors that {source.architecture} does not use here: {shown}")
+def _read_factors(source: Source, names: tuple[str, ...], head_size: int) -> tuple[float, ...]:
+    """The frequency factors in the first tensor of these names that there is."""
+    for name in names:
+        if name in source.tensors:
+            tensor = source.tensors[name]
+            if tensor.type_name != "F32" or tensor.columns > head_size:
+                raise ModelError(f"{source.path}: {name} is {tensor.type_name} {list(tensor.shape)}, not float32")
+            return tuple(tensor.read_rows(0, tensor.rows).view(np.float32).reshape(-1).tolist())
+    return ()

@@ -1,17 +1,16 @@
-"""Llama and the many that share its form (SmolLM, Mistral, TinyLlama, …)."""
+"""Llama 1 to 3 and the many that share its form (SmolLM, Mistral with its window, TinyLlama, …)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..sources import Source
-from .base import DecoderModel, read_decoder
+from .base import ALL_LINEARS, DecoderModel, Keys, decoder, read_spec
 
 
 def read(source: Source) -> DecoderModel:
-    """llama.cpp stores the query and key rows of this family permuted for interleaved RoPE: they are put
-    back.
-    """
-    return read_decoder(
-        source,
-        interleaved_rope=True,
-        tensor_biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    """Mistral's first models see a window of each text, in all layers."""
+    spec = read_spec(source)
+    return decoder(
+        source, replace(spec, attention_windows=Keys(source).windows(spec.layers)), biases=ALL_LINEARS
     )

@@ -1,10 +1,14 @@
-"""Qwen2 and Qwen2.5: half-split RoPE, and biases on query, key and value."""
+"""Qwen2 and Qwen2.5: half-split RoPE, biases on query, key and value, and in some files windowed layers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..sources import Source
-from .base import DecoderModel, read_decoder
+from .base import QUERY_KEY_VALUE, DecoderModel, Keys, decoder, read_spec
 
 
 def read(source: Source) -> DecoderModel:
-    return read_decoder(source, interleaved_rope=False, tensor_biases=("attn_q", "attn_k", "attn_v"))
+    spec = read_spec(source)
+    windows = Keys(source).windows(spec.layers)
+    return decoder(source, replace(spec, attention_windows=windows), biases=QUERY_KEY_VALUE)

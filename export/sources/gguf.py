@@ -8,6 +8,7 @@ From the ``gguf`` package come the table of tensor types and the dequantization.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator, Mapping
 from io import FileIO
@@ -18,7 +19,8 @@ import gguf
 import numpy as np
 
 from ...errors import ModelError
-from .base import Source, SourceTensor
+from .base import FileTensor, Source, SourceTensor
+from .gguf_split import check_part, check_total, other_parts, split_count, whole_name
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -30,6 +32,9 @@ MAX_ELEMENTS = 1 << 44
 MAX_DIMENSIONS = 4
 WINDOW_BYTES = 1 << 20
 DEFAULT_ALIGNMENT = 32
+
+# families whose query and key rows llama.cpp's converter permutes for interleaved rotary positions
+INTERLEAVED_ROPE = ("llama", "granite", "smollm3")
 
 STRING, ARRAY = 8, 9
 # value type id -> struct code
@@ -223,10 +228,6 @@ def _scan(path: Path, file: FileIO, size: int) -> tuple[GgufMetadata, dict[str, 
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
         raise header.fail(f"its alignment is {alignment!r}, not a power of two up to 1 MiB")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise ModelError(
-            f"{path} is one of {metadata['split.count']} parts; join them first (llama-gguf-split --merge)"
-        )
     data_start = -(-header.position // alignment) * alignment
     tensors: dict[str, SourceTensor] = {}
     for name, (type_name, shape, offset, length) in found.items():
@@ -237,28 +238,46 @@ def _scan(path: Path, file: FileIO, size: int) -> tuple[GgufMetadata, dict[str, 
                 f"tensor {name!r} would end at byte {data_start + offset + length}, the file ends at {size} "
                 "(cut short?)"
             )
-        tensors[name] = SourceTensor(name, type_name, shape, data_start + offset, length, file, path)
+        tensors[name] = FileTensor(name, type_name, shape, length, path, file, data_start + offset)
     return metadata, tensors
 
 
 def open_gguf(path: Path) -> Source:
-    """Opens and checks a GGUF file; reads only its header.
+    """Opens and checks a GGUF file, and the further parts of a split one; reads only headers.
 
     Raises:
-        ModelError: the file is missing, unreadable, cut short, or claims what cannot be.
+        ModelError: a file is missing, unreadable, cut short, or claims what cannot be.
     """
+    with contextlib.ExitStack() as stack:
+        file, metadata, tensors = _open_part(path, stack)
+        paths, files = [path], [file]
+        count = split_count(metadata)
+        if count > 1:
+            paths += other_parts(path, metadata)
+            for number, part in enumerate(paths[1:], 1):
+                file, part_metadata, found = _open_part(part, stack)
+                check_part(part, part_metadata, number, count)
+                twice = next((name for name in found if name in tensors), None)
+                if twice is not None:
+                    raise ModelError(f"{part} has the tensor {twice!r}, as an earlier part has; download it again")
+                files.append(file)
+                tensors |= found
+            check_total(path, metadata, len(tensors))
+        interleaved = metadata.get("general.architecture") in INTERLEAVED_ROPE
+        name = whole_name(path) if count > 1 else path.stem
+        source = Source(path, name, paths, files, metadata, tensors, interleaved_rope=interleaved)
+        stack.pop_all()
+    return source
+
+
+def _open_part(path: Path, stack: contextlib.ExitStack) -> tuple[FileIO, GgufMetadata, dict[str, SourceTensor]]:
     try:
-        file = FileIO(path)
+        file = stack.enter_context(FileIO(path))
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); give the path of a .gguf file") from None
     try:
         size = file.seek(0, 2)
         file.seek(0)
-        metadata, tensors = _scan(path, file, size)
-        return Source(path, file, metadata, tensors)
+        return file, *_scan(path, file, size)
     except OSError as error:
-        file.close()
         raise ModelError(f"{path} cannot be read ({error.strerror})") from None
-    except BaseException:
-        file.close()
-        raise

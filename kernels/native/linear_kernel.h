@@ -215,13 +215,23 @@ void embed(const PackedMatrix& w, int64_t row, float* out) {
   }
 }
 
-void swiglu(const float* gate, const float* up, float* out, size_t count) {
+// Both are x * sigmoid(u): u = x for silu, u = 2 sqrt(2 / pi) (x + 0.044715 x^3) for gelu's approximation by tanh.
+template <bool kGelu, class T>
+T sigmoid_argument(T x) {
+  if (kGelu) return x * (1.59576912f + 0.0713548163f * (x * x));
+  return x;
+}
+template <bool kGelu>
+void gated(const float* gate, const float* up, float* out, size_t count) {
   size_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Float g = load(gate + i);
-    store(out + i, g / (1.0f + exp(min(-g, splat(88.0f)))) * load(up + i));
+    store(out + i, g / (1.0f + exp(min(-sigmoid_argument<kGelu>(g), splat(88.0f)))) * load(up + i));
   }
-  for (; i < count; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  for (; i < count; ++i) out[i] = gate[i] / (1.0f + std::exp(-sigmoid_argument<kGelu>(gate[i]))) * up[i];
+}
+void gated(Activation activation, const float* gate, const float* up, float* out, size_t count) {
+  activation == Activation::kGeluTanh ? gated<true>(gate, up, out, count) : gated<false>(gate, up, out, count);
 }
 
 }  // namespace

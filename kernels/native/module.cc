@@ -84,12 +84,14 @@ PYBIND11_MODULE(_native, m) {
   }, py::arg("ids"), py::arg("packed"), py::arg("outputs"), py::arg("inputs"), py::arg("bits"), py::arg("block"),
      py::arg("has_min"), py::arg("multiplier"), "Rows of a packed matrix as float32 [len(ids), inputs].");
 
-  m.def("swiglu", [](const Array<float>& gate, const Array<float>& up) {
+  m.def("gated", [](const Array<float>& gate, const Array<float>& up, const std::string& activation) {
     expect(gate.size() == up.size(), "gate and up differ in size");
+    expect(activation == "silu" || activation == "gelu_tanh", "activation is neither silu nor gelu_tanh");
     py::array_t<float> out(std::vector<py::ssize_t>(gate.shape(), gate.shape() + gate.ndim()));
-    active_variant().swiglu(gate.data(), up.data(), out.mutable_data(), gate.size());
+    active_variant().gated(activation == "silu" ? Activation::kSilu : Activation::kGeluTanh, gate.data(), up.data(),
+                           out.mutable_data(), gate.size());
     return out;
-  }, py::arg("gate"), py::arg("up"));
+  }, py::arg("gate"), py::arg("up"), py::arg("activation") = "silu", "activation(gate) * up, element by element.");
 
   py::class_<CacheHandle> kv(m, "KVCache");
   bind_state(kv);

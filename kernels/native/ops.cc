@@ -6,7 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "experts.h"
 #include "kv_cache.h"
+#include "linear.h"
 #include "ort_api.h"
 #include "parallel.h"
 #include "variant.h"
@@ -49,13 +51,15 @@ int64_t length(const ort::Value* value) {
   return size;
 }
 
-PackedMatrix packed_attributes(const ort::KernelInfo* info) {
+// `prefix` is for operators with several packed matrices.
+PackedMatrix packed_attributes(const ort::KernelInfo* info, const std::string& prefix = "") {
+  const auto integer = [&](const char* name) { return api.attribute_int(info, (prefix + name).c_str()); };
   PackedMatrix w{};
-  w.outputs = api.attribute_int(info, "N");
-  w.inputs = api.attribute_int(info, "K");
-  const int64_t bits = api.attribute_int(info, "bits"), block = api.attribute_int(info, "block");
-  w.has_min = api.attribute_int(info, "has_min") != 0;
-  w.multiplier = api.attribute_float(info, "multiplier");
+  w.outputs = integer("N");
+  w.inputs = integer("K");
+  const int64_t bits = integer("bits"), block = integer("block");
+  w.has_min = integer("has_min") != 0;
+  w.multiplier = api.attribute_float(info, (prefix + "multiplier").c_str());
   w.bits = bits >= 0 && bits <= 8 ? int(bits) : 0;
   w.block = block == 16 || block == 32 ? int(block) : 0;
   if (!w.known()) throw std::invalid_argument("satchel op: a packed weight format that this version does not know");
@@ -68,18 +72,6 @@ PackedMatrix packed(const PackedMatrix& attributes, const ort::KernelContext* co
   if (size_t(length(value)) != w.bytes()) throw std::invalid_argument("satchel op: packed weights have the wrong size");
   return w;
 }
-
-// Memory for quantized activations, one for each thread that runs graphs, kept from layer to layer.
-struct ActivationBuffer {
-  std::vector<int16_t> codes;
-  std::vector<float> scales, sums;
-  QuantizedRows rows(const PackedMatrix& w, int64_t count) {
-    const size_t values = size_t(count) * w.inputs, blocks = size_t(count) * w.blocks();
-    if (codes.size() < values) codes.resize(values);
-    if (scales.size() < blocks) scales.resize(blocks), sums.resize(blocks);
-    return {codes.data(), scales.data(), sums.data(), count};
-  }
-};
 
 class QuantizedLinear {
  public:
@@ -102,22 +94,8 @@ class QuantizedLinear {
     float* y = api.data<float>(api.output(context, 0, sizes, 2));
     if (x.rows == 0) return;
 
-    const Parallel parallel = pool_of(context);
-    const Variant& variant = active_variant();
     static thread_local ActivationBuffer buffer;
-    QuantizedRows rows = buffer.rows(w, x.rows);
-    constexpr int64_t kRowsPerTask = 16;
-    parallel(size_t((x.rows + kRowsPerTask - 1) / kRowsPerTask), [&](size_t task) {
-      const int64_t first = int64_t(task) * kRowsPerTask;
-      variant.quantize_rows(w, x.data, rows, first, std::min(x.rows, first + kRowsPerTask));
-    });
-    // One row: tasks of about 64 KB of weights, above the cost of handing out a task. Many rows: 4 panels.
-    const int64_t panel_bytes = w.blocks() * int64_t(w.record_bytes());
-    const int64_t per_task = x.rows > 8 ? 4 : std::max<int64_t>(1, 65536 / panel_bytes);
-    parallel(size_t((w.panels() + per_task - 1) / per_task), [&](size_t task) {
-      const int64_t first = int64_t(task) * per_task;
-      variant.linear(w, rows, bias, y, first, std::min(w.panels(), first + per_task));
-    });
+    linear_rows(w, x.data, x.rows, bias, y, buffer, pool_of(context));
   }
 
  private:
@@ -150,25 +128,59 @@ class QuantizedEmbedding {
   PackedMatrix attributes_;
 };
 
-class SwiGLU {
+Activation activation_attribute(const ort::KernelInfo* info) {
+  return Activation(small_attribute(info, "activation", int64_t(Activation::kGeluTanh)));
+}
+
+class GatedUnit {
  public:
-  static constexpr const char* kName = "SwiGLU";
+  static constexpr const char* kName = "GatedUnit";
   static constexpr int kInputs[] = {ort::kFloat, ort::kFloat};
   static constexpr size_t kInputCount = 2, kRequiredInputs = 2;
-  explicit SwiGLU(const ort::KernelInfo*) {}
+  explicit GatedUnit(const ort::KernelInfo* info) : activation_(activation_attribute(info)) {}
 
   void compute(ort::KernelContext* context) const {
     const Matrix gate = matrix(context, 0), up = matrix(context, 1);
     if (gate.rows != up.rows || gate.columns != up.columns)
-      throw std::invalid_argument("satchel.SwiGLU: gate and up differ in shape");
+      throw std::invalid_argument("satchel.GatedUnit: gate and up differ in shape");
     const int64_t sizes[2] = {gate.rows, gate.columns};
     float* out = api.data<float>(api.output(context, 0, sizes, 2));
-    const size_t count = size_t(gate.rows) * gate.columns, slice = 1 << 15;
-    pool_of(context)((count + slice - 1) / slice, [&](size_t task) {
-      const size_t first = task * slice;
-      active_variant().swiglu(gate.data + first, up.data + first, out + first, std::min(slice, count - first));
-    });
+    gated_rows(activation_, gate.data, up.data, out, size_t(gate.rows) * gate.columns, pool_of(context));
   }
+
+ private:
+  Activation activation_;
+};
+
+// The feed-forward blocks of a mixture of experts; the three matrices are stacked by expert along their outputs.
+class MixtureOfExperts {
+ public:
+  static constexpr const char* kName = "MixtureOfExperts";
+  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kUint8, ort::kUint8, ort::kUint8};
+  static constexpr size_t kInputCount = 5, kRequiredInputs = 5;
+  explicit MixtureOfExperts(const ort::KernelInfo* info)
+      : gate_(packed_attributes(info, "gate_")), up_(packed_attributes(info, "up_")),
+        down_(packed_attributes(info, "down_")) {
+    settings_.count = small_attribute(info, "experts");
+    settings_.used = small_attribute(info, "used");
+    settings_.normalized = api.attribute_int(info, "normalized") != 0;
+    settings_.activation = activation_attribute(info);
+    check_experts(settings_, gate_, up_, down_);
+  }
+
+  void compute(ort::KernelContext* context) const {
+    const Matrix x = matrix(context, 0), logits = matrix(context, 1);
+    if (x.columns != gate_.inputs || logits.columns != settings_.count || logits.rows != x.rows)
+      throw std::invalid_argument("satchel.MixtureOfExperts: the inputs' shapes disagree");
+    const int64_t sizes[2] = {x.rows, x.columns};
+    float* out = api.data<float>(api.output(context, 0, sizes, 2));
+    mix_experts(settings_, packed(gate_, context, 2), packed(up_, context, 3), packed(down_, context, 4), x.data,
+                logits.data, x.rows, out, pool_of(context));
+  }
+
+ private:
+  PackedMatrix gate_, up_, down_;
+  ExpertSettings settings_{};
 };
 
 class CachedAttention {
@@ -274,8 +286,8 @@ extern "C" __attribute__((visibility("default"))) satchel::ort::Status* Register
     if (!domain) {
       ort::CustomOpDomain* made = nullptr;
       api.check(api.create_domain("satchel", &made));
-      for (const ort::CustomOp* op : {table<QuantizedLinear>(), table<QuantizedEmbedding>(), table<SwiGLU>(),
-                                      table<CachedAttention>()})
+      for (const ort::CustomOp* op : {table<QuantizedLinear>(), table<QuantizedEmbedding>(), table<GatedUnit>(),
+                                      table<MixtureOfExperts>(), table<CachedAttention>()})
         api.check(api.domain_add(made, op));
       domain = made;
     }

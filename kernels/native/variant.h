@@ -16,6 +16,8 @@ constexpr int kPageTokens = 64;  // tokens of a cache page: 4 key tiles; 16 KB o
 enum class Storage : int { kFloat32 = 0, kBfloat16 = 1 };
 inline size_t element_bytes(Storage s) { return s == Storage::kFloat32 ? 4 : 2; }
 
+enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+
 // A weight matrix [outputs, inputs] in panels of 16 outputs (export/packing.py has the layout, byte by byte).
 struct PackedMatrix {
   const uint8_t* data;
@@ -92,7 +94,7 @@ struct Variant {
   void (*embed)(const PackedMatrix&, int64_t row, float* out);  // one row of the matrix, [inputs]
   void (*attend)(const AttentionTask&);
   void (*score)(const ScoreTask&);
-  void (*swiglu)(const float* gate, const float* up, float* out, size_t count);
+  void (*gated)(Activation, const float* gate, const float* up, float* out, size_t count);  // activation(gate) * up
   // A block of 16 pairs in its codec's form (codec.h) to keys before RoPE, channel-major [D][16], and values [16][D].
   void (*decode_block)(const BlockFormat&, const uint8_t* block, float* keys, float* values);
 };

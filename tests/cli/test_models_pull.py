@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,14 @@ def test_models_table_names_everything() -> None:
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["NAME", "SIZE", "LICENCE", "CONTEXT", "KIND", "HERE"]
     assert lines[1].split() == [DEFAULT_MODEL, "(default)", "491MB", "Apache-2.0", "32,768", "instruct", "-"]
-    assert "not supported yet (gemma3)" in lines[3]
+    assert lines[3].split()[0] == "gemma-3-270m"
+
+
+def test_models_table_says_what_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    strange = replace(ENTRY, supported=False, architecture="mamba")
+    monkeypatch.setattr("satchel.cli.models.all_models", lambda: (strange,))
+    result = CliRunner().invoke(models, ["--cache-dir", "/nonexistent"], catch_exceptions=False)
+    assert "not supported yet (mamba)" in result.stdout
 
 
 def test_models_json(tiny: Callable[[], Path]) -> None:

@@ -21,6 +21,7 @@ from satchel.export.rope import rope_frequencies
 from satchel.export.spec import ModelSpec, RopeSpec
 from tiny_models import MIXED_TYPES, write_tiny_gguf
 
+FAMILIES = ("gemma2", "gemma3", "granite", "olmo2", "phi3", "qwen3", "qwen3moe", "smollm3")
 IDS = [5, 17, 60, 201, 3, 3, 99, 42]
 YARN = {
     ".rope.scaling.type": "yarn",
@@ -45,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear RoPE": {"metadata": {".rope.scaling.type": "linear", ".rope.scaling.factor": 2.0}},
     "YaRN": {"metadata": YARN},
     "heads wider than the model": {"head_size": 32},
+    **{name: {"architecture": name, "layers": 4} for name in FAMILIES},
 }  # fmt: skip
 
 
@@ -99,6 +101,8 @@ def test_four_bits_are_in_the_layers_only(tmp_path: Path) -> None:
     eight, four = (export_model(source, tmp_path / str(bits), bits=bits) for bits in (8, 4))
     for record in four.manifest.matrices:
         assert (record["bits"] == 4) == record["role"].startswith("layers.")
+    experts = export_model(write_tiny_gguf(tmp_path / "e.gguf", "qwen3moe", types=("F16",)), tmp_path / "e", bits=4)
+    assert {r["bits"] for r in experts.manifest.matrices if r["role"].endswith("router")} == {8}
     assert four.weight_bytes < eight.weight_bytes
     logits_close(reference_from_package(four.folder), reference_from_package(eight.folder), 0.5)
 
@@ -150,9 +154,39 @@ def test_the_graph_is_what_the_kernels_expect(tmp_path: Path) -> None:
 
 # what is wrong with the file -> (arguments of write_tiny_gguf, what the message says)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown architecture": ({"architecture": "mamba"}, "'mamba'; supported are: llama, qwen2"),
+    "unknown architecture": (
+        {"architecture": "mamba"},
+        r"'mamba' \(general.architecture\); supported are: gemma2, .*llama, ",
+    ),
     "mixture of experts": ({"metadata": {".expert_count": 8}}, "mixture of experts"),
-    "unknown RoPE scaling": ({"metadata": {".rope.scaling.type": "longrope"}}, "'longrope' is not supported"),
+    "unknown RoPE scaling": ({"metadata": {".rope.scaling.type": "dynamic"}}, "'dynamic' is not supported"),
+    "LongRoPE without factors": ({"metadata": {".rope.scaling.type": "longrope"}}, "no tensor rope_factors_long"),
+    "a window in a family without": (
+        {"architecture": "granite", "metadata": {".attention.sliding_window": 16}},
+        "granite.attention.sliding_window.*not supported for granite",
+    ),
+    "a window of text": (
+        {"architecture": "llama", "metadata": {".attention.sliding_window": "wide"}}, "sliding_window is 'wide'",
+    ),
+    "windows of three layers": (
+        {"architecture": "gemma3", "metadata": {".attention.sliding_window_pattern": [True, False, True]}},
+        "sliding_window_pattern is .*, not a list of 2",
+    ),
+    "a base of nothing": (
+        {"architecture": "gemma3", "metadata": {".rope.freq_base_swa": 0.0}}, "RoPE base is 0.0",
+    ),
+    "more experts used than there are": (
+        {"architecture": "qwen3moe", "metadata": {".expert_used_count": 5}}, "experts used is 5; supported: 1 to 4",
+    ),
+    "experts of another number": (
+        {"architecture": "qwen3moe", "metadata": {".expert_count": 8}}, r"ffn_gate_inp.weight has the shape \[4, 64\]",
+    ),
+    "a cap below nothing": (
+        {"architecture": "gemma2", "metadata": {".final_logit_softcapping": -1.0}}, "logits_softcap is -1.0",
+    ),
+    "a scale that is no number": (
+        {"architecture": "granite", "metadata": {".residual_scale": float("nan")}}, "residual_scale is nan, not",
+    ),
     "YaRN without sense": ({"metadata": {**YARN, ".rope.scaling.factor": -1.0}}, "RoPE factor is -1.0"),
     "wrong number of factors": ({"rope_factors": (1.0, 2.0)}, "RoPE frequency factors is 2"),
     "factor that is not a number": ({"rope_factors": (float("nan"),) * 8}, "RoPE frequency factor is nan"),
@@ -291,6 +325,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest of a list": (lambda folder: (folder / "satchel.json").write_text("[]"), "not the manifest"),
     "foreign manifest": (edit_manifest(lambda value: value.update(format="x")), "not the manifest"),
     "later version": (edit_manifest(lambda value: value.update(format_version=2)), "format version 2"),
+    "other exporter": (edit_manifest(lambda value: value.update(exporter_version=1)), "exporter version 1, this"),
     "no spec": (edit_manifest(lambda value: value.pop("spec")), "incomplete"),
     "spec of text": (edit_manifest(lambda value: value.update(spec="x")), "spec is not a record"),
     "spec with a surplus key": (edit_manifest(lambda value: value["spec"].update(a=1)), "unknown keys"),
@@ -300,6 +335,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_manifest(lambda value: value["spec"]["rope"].update(base="x")),
         "cannot be read",
     ),
+    "windows of nonsense": (
+        edit_manifest(lambda value: value["spec"].update(attention_windows="ab")), "cannot be read",
+    ),
+    "too few windows": (
+        edit_manifest(lambda value: value["spec"].update(attention_windows=[8])), "number of attention windows is 1",
+    ),
+    "experts of nonsense": (edit_manifest(lambda value: value["spec"].update(experts=3)), "cannot be read"),
+    "another place of norms": (edit_manifest(lambda value: value["spec"].update(norm_places="all")), "pre, post, both"),
     "no tokenizer": (edit_manifest(lambda value: value.pop("tokenizer")), "incomplete"),
     "a path as file name": (
         edit_manifest(lambda value: value["files"].update({"../x": {"bytes": 1, "sha256": ""}})),

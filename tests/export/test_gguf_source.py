@@ -90,7 +90,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "alignment of text": (gguf_bytes((pair("general.alignment", STRING, text("x")),)), "alignment is 'x'"),
     "one part of several": (
         gguf_bytes((pair("split.count", UINT32, struct.pack("<I", 3)),)),
-        "one of 3 parts",
+        "one of 3 parts but is not named NAME-00001-of-00003",
     ),
     "no dimensions": (gguf_bytes((), (tensor(extents=()),)), "0 dimensions"),
     "many dimensions": (gguf_bytes((), (tensor(extents=(1,) * 9),)), "9 dimensions"),
@@ -153,7 +153,7 @@ def test_flipped_header_bytes_never_crash(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: path, "does not exist"),
-        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.mkdir(), "is a folder without config.json"),
     ],
     ids=["missing", "folder"],
 )

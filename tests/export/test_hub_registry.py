@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,14 @@ def test_unknown_name_suggests_and_lists() -> None:
         find("SmolLM2-135m")
 
 
-def test_unsupported_architecture_is_refused_before_any_download(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"gemma3, which this version does not run; choose one of qwen2.5"):
+def test_unsupported_architecture_is_refused_before_any_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = replace(find("gemma-3-270m"), supported=False, architecture="mamba")
+    known = (find(DEFAULT_MODEL), strange)
+    for module in ("registry", "download"):
+        monkeypatch.setattr(f"satchel.export.hub.{module}.all_models", lambda: known)
+    with pytest.raises(ModelError, match=r"mamba, which this version does not run; choose one of qwen2.5"):
         fetch("gemma-3-270m", cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

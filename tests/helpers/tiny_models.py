@@ -111,6 +111,59 @@ def tiny_weights(
     return weights
 
 
+EXPERTS, EXPERTS_USED, EXPERT_WIDTH = 4, 2, 64
+INTERLEAVED = ("llama", "granite", "smollm3")  # as llama.cpp's converter has them
+# what the files of a family say beyond the common keys
+FAMILY_KEYS: dict[str, dict[str, Any]] = {
+    "gemma2": {".attention.sliding_window": 24, ".attn_logit_softcapping": 8.0, ".final_logit_softcapping": 12.0},
+    "gemma3": {".attention.sliding_window": 24, ".rope.freq_base": 1e6, ".attention.sliding_window_pattern": 2},
+    "granite": {
+        ".embedding_scale": 6.0, ".residual_scale": 0.4, ".logit_scale": 3.0, ".attention.scale": 0.15,
+    },
+    "phi3": {".attention.sliding_window": 40, ".rope.dimension_count": 8},
+    "qwen3moe": {
+        ".expert_count": EXPERTS, ".expert_used_count": EXPERTS_USED, ".expert_feed_forward_length": EXPERT_WIDTH,
+    },
+}  # fmt: skip
+
+
+def family_weights(weights: Mapping[str, Floats], architecture: str, head_size: int) -> dict[str, Floats]:
+    """Llama's tensors in the names and forms of another family, with norms and experts of its own."""
+    rng = np.random.default_rng(7)
+    found: dict[str, Floats] = {}
+
+    def vector(size: int) -> Floats:
+        return (1.0 + 0.2 * rng.normal(size=size)).astype(np.float32)
+
+    for name, values in weights.items():
+        at, part = name.rsplit(".", 2)[0] + ".", name.rsplit(".", 2)[1]
+        if architecture == "olmo2" and part in ("attn_norm", "ffn_norm"):
+            name = at + {"attn_norm": "post_attention_norm", "ffn_norm": "post_ffw_norm"}[part] + ".weight"
+        elif architecture in ("gemma2", "gemma3") and part in ("attn_norm", "ffn_norm"):
+            post = {"attn_norm": "post_attention_norm", "ffn_norm": "post_ffw_norm"}[part]
+            found[f"{at}{post}.weight"] = vector(values.size)
+        if name.endswith(".weight") and part in ("attn_q", "attn_k"):
+            if architecture in ("gemma3", "qwen3", "qwen3moe"):
+                found[f"{at}{part}_norm.weight"] = vector(head_size)
+            elif architecture == "olmo2":
+                found[f"{at}{part}_norm.weight"] = vector(len(values))
+        if architecture == "phi3" and name.endswith(".weight"):
+            pieces = {"attn_q": ("attn_q", "attn_k", "attn_v"), "ffn_gate": ("ffn_gate", "ffn_up")}
+            if part in ("attn_k", "attn_v", "ffn_up"):
+                continue
+            if part in pieces:
+                name = at + {"attn_q": "attn_qkv", "ffn_gate": "ffn_up"}[part] + ".weight"
+                values = np.concatenate([weights[f"{at}{piece}.weight"] for piece in pieces[part]])
+        if architecture == "qwen3moe" and part in ("ffn_gate", "ffn_up", "ffn_down"):
+            rows, columns = (values.shape[0], EXPERT_WIDTH) if part == "ffn_down" else (EXPERT_WIDTH, values.shape[1])
+            if part == "ffn_gate":
+                found[at + "ffn_gate_inp.weight"] = rng.normal(0, 0.3, (EXPERTS, columns)).astype(np.float32)
+            name = f"{at}{part}_exps.weight"
+            values = rng.normal(0, 1 / np.sqrt(columns), (EXPERTS, rows, columns)).astype(np.float32)
+        found[name] = values
+    return found
+
+
 def write_tiny_gguf(
     path: Path,
     architecture: str = "qwen2",
@@ -160,7 +213,7 @@ def write_tiny_gguf(
         writer.add_key_length(head_size)
         writer.add_value_length(head_size)
     _add_vocabulary(writer, vocab)
-    for key, value in (metadata or {}).items():
+    for key, value in {**FAMILY_KEYS.get(architecture, {}), **(metadata or {})}.items():
         _add_value(writer, architecture + key if key.startswith(".") else key, value)
     if output == "tied":
         del weights["output.weight"]
@@ -170,6 +223,7 @@ def write_tiny_gguf(
         weights["rope_freqs.weight"] = np.asarray(rope_factors, np.float32)
     if biases is None:
         biases = architecture == "qwen2"
+    weights = family_weights(weights, architecture, size)
     _add_tensors(writer, weights, architecture, (heads, kv_heads), types, embedding_type, biases, seed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -216,7 +270,7 @@ def _add_tensors(
         if name.endswith(".bias") and not biases:
             continue
         values = plain
-        if architecture == "llama" and ("attn_q" in name or "attn_k" in name):
+        if architecture in INTERLEAVED and ("attn_q" in name or "attn_k" in name):
             values = interleave_heads(plain, heads["attn_k" in name])
         if values.ndim == 1:
             writer.add_tensor(name, values)

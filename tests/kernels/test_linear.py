@@ -1,4 +1,4 @@
-"""Quantized linear layers, embeddings and SwiGLU in every instruction set, against float64 NumPy.
+"""Quantized linear layers, embeddings and gated units in every instruction set, against float64 NumPy.
 
 Weights are packed here by a loop over the definition of the layout, so that neither side of the comparison
 shares code with `export/packing.py`.
@@ -264,17 +264,22 @@ def test_embedding_rows(variant: str, bits: int, block: int, has_min: bool) -> N
     np.testing.assert_array_less(np.abs(got - plain), EPSILON * (parts + np.abs(plain)) + 1e-30)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("size", [*range(1, 18), 31, 33, 1000])
-def test_swiglu(variant: str, size: int) -> None:
+def test_gated(variant: str, size: int, activation: str) -> None:
     rng = np.random.default_rng(size)
     gate, up = (rng.normal(0, 4, (2, size)).astype(np.float32) for _ in range(2))
-    np.testing.assert_allclose(native.swiglu(gate, up), reference.swiglu(gate, up), rtol=2e-6)
+    expected = reference.gated(gate, up, activation)
+    # below -5 gelu is next to nothing, and a tanh next to -1 leaves few digits of it
+    np.testing.assert_allclose(native.gated(gate, up, activation), expected, rtol=2e-6, atol=1e-6)
 
 
-def test_swiglu_far_out(variant: str) -> None:
-    gate = np.array([-1e4, -200, -100, -88, -87, -30, -0.0, 30, 88, 100, 1e4] * 3, np.float32)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_far_out(variant: str, activation: str) -> None:
+    gate = np.array([-1e30, -1e4, -200, -100, -88, -87, -30, -0.0, 30, 88, 100, 1e4, 1e30] * 3, np.float32)
     up = np.full_like(gate, 0.5)
-    np.testing.assert_allclose(native.swiglu(gate, up), reference.swiglu(gate, up), rtol=2e-6, atol=1e-30)
+    expected = reference.gated(gate, up, activation)
+    np.testing.assert_allclose(native.gated(gate, up, activation), expected, rtol=2e-6, atol=1e-7)
 
 
 # --- hostile arguments
@@ -339,9 +344,9 @@ def test_ids_outside_the_vocabulary(index: int) -> None:
         native.embed(np.array([0, index]), matrix.packed, 33, 64, **matrix.format)
 
 
-def test_swiglu_of_different_sizes() -> None:
+def test_gated_of_different_sizes() -> None:
     with pytest.raises(ValueError, match="differ in size"):
-        native.swiglu(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32))
+        native.gated(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32))
 
 
 def test_an_unknown_variant_is_refused() -> None:

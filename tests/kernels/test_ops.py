@@ -16,7 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from satchel import kernels
+from satchel.export.packing import unpack
 from satchel.kernels import _native as native
+from satchel.kernels import reference
 
 Array = NDArray[Any]
 TYPES = {
@@ -126,17 +128,85 @@ def test_embedding(bits: int, block: int, has_min: bool) -> None:
     assert run("QuantizedEmbedding", {"ids": ids[:0], "w": packed}, attributes).shape == (0, 64)
 
 
+@pytest.mark.parametrize(("code", "activation"), [(0, "silu"), (1, "gelu_tanh")])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 1000), (0, 7), (3, 32768)])
-def test_swiglu(shape: tuple[int, int]) -> None:
+def test_gated(shape: tuple[int, int], code: int, activation: str) -> None:
     rng = np.random.default_rng(1)
     gate, up = (rng.normal(0, 3, shape).astype(np.float32) for _ in range(2))
-    np.testing.assert_allclose(run("SwiGLU", {"g": gate, "u": up}, {}), native.swiglu(gate, up), rtol=1e-6)
+    got = run("GatedUnit", {"g": gate, "u": up}, {"activation": code})
+    np.testing.assert_allclose(got, native.gated(gate, up, activation), rtol=1e-6)
+
+
+EXPERTS, HIDDEN, WIDTH = 5, 64, 32
+STACKED = {
+    "gate": (EXPERTS * WIDTH, HIDDEN, 8, 32, False), "up": (EXPERTS * WIDTH, HIDDEN, 4, 32, True),
+    "down": (EXPERTS * HIDDEN, WIDTH, 6, 16, False),
+}  # fmt: skip
+
+
+def expert_inputs(rows: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    rng = np.random.default_rng(rows)
+    logits = rng.normal(0, 2, (rows, EXPERTS)).astype(np.float32)
+    feeds: dict[str, Array] = {"x": matrix(rows, HIDDEN), "logits": logits}
+    attributes: dict[str, Any] = {"experts": EXPERTS, "used": 2, "normalized": 1, "activation": 0}
+    for name, (outputs, inputs, bits, block, has_min) in STACKED.items():
+        feeds[name] = packed_bytes(bits, block, has_min, outputs, inputs)
+        values = {"N": outputs, "K": inputs, "bits": bits, "block": block, "has_min": int(has_min), "multiplier": 2**-9}
+        attributes |= {f"{name}_{key}": value for key, value in values.items()}
+    return feeds, attributes
+
+
+@pytest.mark.parametrize(("normalized", "activation"), [(1, "silu"), (0, "silu"), (1, "gelu_tanh")])
+@pytest.mark.parametrize("rows", [0, 1, 2, 17, 70])
+def test_experts(rows: int, normalized: int, activation: str) -> None:
+    feeds, attributes = expert_inputs(rows)
+    attributes |= {"normalized": normalized, "activation": int(activation == "gelu_tanh")}
+    plain = {
+        name: unpack(feeds[name], *STACKED[name], 2**-9).reshape(EXPERTS, -1, STACKED[name][1]) for name in STACKED
+    }
+    expected = reference.mixture_of_experts(
+        feeds["x"], feeds["logits"], *plain.values(), used=2, normalized=bool(normalized), activation=activation
+    )
+    got = run("MixtureOfExperts", feeds, attributes)
+    np.testing.assert_allclose(got, expected, atol=2e-2 * np.abs(expected).max(initial=0.0))
+    for row in range(min(rows, 3)):  # alone as among others
+        one = {name: feeds[name][row : row + 1] if name in ("x", "logits") else feeds[name] for name in feeds}
+        alone = run("MixtureOfExperts", one, attributes)[0]
+        np.testing.assert_allclose(got[row], alone, atol=1e-2 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_experts_by_a_router_that_fails(fault: float) -> None:
+    feeds, attributes = expert_inputs(3)
+    feeds["logits"][1, 2] = fault
+    got = run("MixtureOfExperts", feeds, attributes)
+    assert np.isfinite(got[[0, 2]]).all(), "other tokens do not suffer"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"experts": 4}, {"experts": 0}, {"used": 6}, {"used": 0}, {"down_N": 64}, {"up_N": 32}, {"gate_K": 32}],
+    ids=str,
+)
+def test_experts_that_do_not_fit(change: dict[str, int]) -> None:
+    feeds, attributes = expert_inputs(2)
+    refused("MixtureOfExperts", feeds, {**attributes, **change}, "do not fit together")
+
+
+def test_experts_with_wrong_inputs() -> None:
+    feeds, attributes = expert_inputs(2)
+    refused("MixtureOfExperts", {**feeds, "x": matrix(2, 32)}, attributes, "shapes disagree")
+    refused("MixtureOfExperts", {**feeds, "logits": matrix(3, EXPERTS)}, attributes, "shapes disagree")
+    refused("MixtureOfExperts", {**feeds, "up": feeds["up"][:-1]}, attributes, "wrong size")
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "change",
-    [{}, {"window": 3}, {"softcap": 2.0}, {"rope_attention_factor": 1.5}, {"rope_dims": 8}, {"layer": 1}],
+    [
+        {}, {"window": 3}, {"softcap": 2.0}, {"rope_attention_factor": 1.5}, {"rope_dims": 8}, {"rope_dims": 0},
+        {"layer": 1},
+    ],
 )
 def test_attention(storage: str, change: dict[str, Any]) -> None:
     settings = {**ATTENTION, **change}
@@ -221,9 +291,9 @@ def test_ids_outside_the_vocabulary(index: int) -> None:
     refused("QuantizedEmbedding", {"ids": np.array([0, index]), "w": packed_bytes()}, FORMAT, f"{index} is outside")
 
 
-def test_swiglu_of_different_shapes() -> None:
-    refused("SwiGLU", {"g": matrix(2, 6), "u": matrix(3, 4)}, {}, "differ in shape")
-    refused("SwiGLU", {"g": matrix(2), "u": matrix(2).reshape(-1)}, {}, "must be a matrix")
+def test_gated_of_different_shapes() -> None:
+    refused("GatedUnit", {"g": matrix(2, 6), "u": matrix(3, 4)}, {"activation": 0}, "differ in shape")
+    refused("GatedUnit", {"g": matrix(2), "u": matrix(2).reshape(-1)}, {"activation": 1}, "must be a matrix")
 
 
 ONE = np.zeros((5, 64), np.float32)

@@ -324,4 +324,21 @@ def test_linear_with_rounded_activations_scales_integer_sums_by_block(rng: np.ra
 def test_swiglu_by_hand() -> None:
     gate, up = [0.0, math.log(3.0), -1000.0, 1000.0], [5.0, 2.0, 1.0, 3.0]
     expected = [0.0, 1.5 * math.log(3.0), 0.0, 3000.0]
-    np.testing.assert_allclose(reference.swiglu(gate, up), expected, atol=1e-12)
+    np.testing.assert_allclose(reference.gated(gate, up), expected, atol=1e-12)
+
+
+def test_geglu_by_hand() -> None:
+    """GELU is x times the normal distribution function; its approximation is within 1e-3 of it."""
+    gate = np.array([-1000.0, -3.0, -0.5, 0.0, 0.5, 1.0, 3.0, 1000.0])
+    normal = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in gate])
+    np.testing.assert_allclose(reference.gated(gate, np.full(8, 2.0), "gelu_tanh"), 2 * gate * normal, atol=2e-3)
+
+
+@pytest.mark.parametrize(("normalized", "shares"), [(True, (0.4, 0.6)), (False, (1 / 3, 1 / 2))])
+def test_experts_by_hand(normalized: bool, shares: tuple[float, float]) -> None:
+    """Three experts of width 1 that give 40, 400 and 4; the first and the last are used."""
+    logits = np.log([[2.0, 1.0, 3.0]])
+    gate, up = np.full((3, 1, 2), 500.0), np.full((3, 1, 2), 0.002)
+    down = np.array([10.0, 100.0, 1.0])[:, None, None] * np.ones((3, 2, 1))
+    found = reference.mixture_of_experts(np.ones((1, 2)), logits, gate, up, down, used=2, normalized=normalized)
+    np.testing.assert_allclose(found, np.full((1, 2), shares[0] * 40 + shares[1] * 4), rtol=1e-12)

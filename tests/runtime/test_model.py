@@ -21,6 +21,7 @@ from satchel.runtime import Model
 
 Load = Callable[..., Model]
 IDS = np.random.default_rng(5).integers(0, 256, 150).tolist()
+FAMILIES = ("gemma2", "gemma3", "granite", "olmo2", "phi3", "qwen3", "qwen3moe", "smollm3")
 # weights of 8 bits meet activations of 16: what is left is float32. Others may meet activations of 8 bits.
 EXACT: dict[str, Any] = {"types": ("Q8_0", "F16", "F32")}
 YARN: dict[str, Any] = {
@@ -37,6 +38,7 @@ PARITY: dict[str, tuple[dict[str, Any], str, float]] = {
     "one KV head of seven": ({**EXACT, "heads": 7, "kv_heads": 1, "head_size": 32}, "fp32", 2e-4),
     "output of its own": ({**EXACT, "output": "separate"}, "fp32", 2e-4),
     "mixed types": ({}, "fp32", 3e-2),
+    **{name: ({**EXACT, "architecture": name, "layers": 4}, "fp32", 2e-4) for name in FAMILIES},
 }
 
 
