@@ -39,6 +39,7 @@ from satchel.cache.snapshots import RANS_8, RANS_BF16, Entry, Snapshot, Snapshot
 from satchel.errors import SatchelError
 
 SLOWEST_SECONDS = 10
+HELPERS = str(Path(__file__).resolve().parents[1] / "tests" / "helpers")
 STATE_TOKENS, STATE_ARCHIVED = 300, 256
 NUMBERS = (0, 1, 2, 127, 255, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 VALUES: tuple[Any, ...] = (None, True, 0, -1, 1, 2**31, 2**63, 10**400, 1.5, 1e308, "", "x", "../x", "\ud800", "\0",
@@ -336,9 +337,47 @@ def tokenizer_target(folder: Path) -> Target:
     return Target([(package / TOKENIZER_FILE).read_bytes()], mutate_json, run, weight=1)
 
 
+def folder_target(folder: Path) -> Target:
+    """A Hugging Face folder with one of its records changed, or the header of a shard. A seed is which (u8), and it."""
+    sys.path.insert(0, HELPERS)
+    from satchel.export.architectures import read_model
+    from satchel.export.ready_tokenizer import ReadyTokenizer
+    from satchel.export.sources import open_source
+    from tiny_folders import write_tiny_folder
+
+    model = write_tiny_folder(folder / "model", shards=2)
+    whole = {path: path.read_bytes() for path in sorted(model.iterdir())}
+    paths = list(whole)
+
+    def header(data: bytes) -> bytes:
+        return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+    def run(data: bytes) -> None:
+        path = paths[data[0]]
+        record = data[1:]
+        if path.suffix == ".safetensors":
+            old = header(whole[path])
+            record = len(record).to_bytes(8, "little") + record + whole[path][8 + len(old) :]
+        path.write_bytes(record)
+        try:
+            with open_source(model) as source:
+                attempt(lambda: read_model(source))
+                tokenizer = source.tokenizer
+                assert tokenizer is not None
+                ReadyTokenizer(tokenizer, 300)
+        finally:
+            path.write_bytes(whole[path])
+
+    seeds = [
+        bytes([index]) + (header(whole[path]) if path.suffix == ".safetensors" else whole[path])
+        for index, path in enumerate(paths)
+    ]
+    return Target(seeds, lambda rng, seed: seed[:1] + mutate_json(rng, seed[1:]), run, weight=1)
+
+
 def tiny_package(folder: Path) -> Path:
     """The package of a tiny random model."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+    sys.path.insert(0, HELPERS)
     from satchel.export.exporter import export_model
     from tiny_models import write_tiny_gguf
 
@@ -351,6 +390,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "state": state_target,
     "package": package_target,
     "tokenizer": tokenizer_target,
+    "folder": folder_target,
 }
 
 

@@ -152,7 +152,8 @@ def _tokenizer(source: Source, vocab: int) -> tuple[TokenizerSettings, Callable[
     """The settings of the source's tokenizer, and what makes the tokenizer itself."""
     if source.tokenizer is not None:
         ready = ReadyTokenizer(source.tokenizer, vocab)
-        return ready.settings, lambda: ready.tokenizer
+        settings, tokenizer = ready.settings, ready.tokenizer
+        return settings, lambda: tokenizer  # without its record, which can take hundreds of megabytes
     if source.path.is_dir():
         raise ModelError(
             f"{source.path} has no tokenizer.json; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "

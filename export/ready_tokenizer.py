@@ -175,9 +175,8 @@ class ReadyTokenizer:
             value = record.get("eos_token_id")
             if value is not None:
                 values = value if isinstance(value, list) else [value]
-                bad = next((item for item in values if type(item) is not int), None)
-                if bad is not None:
-                    raise self._error(f"is used with the eos_token_id {bad!r:.40}, which must be a whole number")
+                if not all(type(item) is int for item in values):
+                    raise self._error(f"is used with the eos_token_id {value!r:.40}, which must be whole numbers")
                 return values
         return []
 
@@ -244,4 +243,9 @@ def _chat_template(files: TokenizerFiles) -> str | None:
             f"{files.path.with_name('tokenizer_config.json')} has a chat_template that is not text but "
             f"{type(value).__name__}; download it again"
         )
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:  # JSON can hold half a character
+        where = files.path.with_name("tokenizer_config.json")
+        raise ModelError(f"{where} has a chat_template that is not valid Unicode; download it again") from None
     return value or None

@@ -33,7 +33,7 @@ def test_some_thousand_mutants(tmp_path: Path) -> None:
                           capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["target"]: row for row in map(json.loads, done.stdout.splitlines())}
-    assert set(rows) == {"snapshot", "entropy", "state", "package", "tokenizer"}
+    assert set(rows) == {"snapshot", "entropy", "state", "package", "tokenizer", "folder"}
     assert all(0.4 < row["refused"] / row["count"] < 1 for row in rows.values())
 
 

@@ -95,6 +95,7 @@ class ModelFolder:
             return self._indexed(index)
         try:
             found = sorted(path.name for path in self.path.glob("*.safetensors"))
+            graphs = sorted(path.name for path in self.path.glob("*.onnx"))
             pickles = sorted(path.name for pattern in PICKLES for path in self.path.glob(pattern))
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read ({error.strerror}); check its permissions") from None
@@ -104,6 +105,11 @@ class ModelFolder:
             raise ModelError(
                 f"{self.path} has {', '.join(map(repr, found[:3]))} but no model.safetensors and no {index}; "
                 "download the whole model folder (adapters must be merged into their model first)"
+            )
+        if graphs:
+            raise ModelError(
+                f"{self.path} has its weights in an ONNX graph ({graphs[0]!r}), which is not read; give the folder "
+                "that it was exported from (safetensors)"
             )
         if pickles:
             raise ModelError(

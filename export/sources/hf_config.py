@@ -5,11 +5,11 @@ windows under ``layer_types``; before, there were ``rope_theta``, ``rope_scaling
 ``sliding_window_pattern``, ``max_window_layers`` and ``use_sliding_window``. Beyond what GGUF files usually
 carry, these keys say what llama.cpp has in its code:
 
-* ``X.attention.sliding_window_pattern``: one bool per layer, true where the layer has the window; only where
-  some layers have one (a window without it is every layer's);
+* ``X.attention.sliding_window_pattern``: one bool per layer, true where the layer has the window; always beside
+  ``X.attention.sliding_window``, so that no family's usual pattern is taken for it;
 * ``X.attention.scale``: what query times key is multiplied by, where it is not 1/sqrt(head size);
 * ``X.rope.freq_base_swa``: the base of windowed layers, where they have one of their own;
-* ``X.rope.layers``: one bool per layer, true where positions are rotated; only where some are not (smollm3).
+* ``X.rope.layers`` (smollm3): one bool per layer, true where positions are rotated.
 
 RoPE scaling: ``linear`` and ``yarn`` are metadata; ``llama3`` becomes the tensor ``rope_freqs.weight`` and
 ``longrope`` the tensors ``rope_factors_long.weight`` and ``rope_factors_short.weight``, as in GGUF files.
@@ -77,7 +77,7 @@ def _smollm3(config: Record) -> Values:
     rotated = [bool((index + 1) % interval) for index in range(layers)]
     if config.get("no_rope_layers") is not None:  # in spite of the name, 1 is a layer with rotary positions
         rotated = [bool(flag) for flag in config.integers("no_rope_layers", layers)]
-    return {} if all(rotated) else {"rope.layers": rotated}
+    return {"rope.layers": rotated}
 
 
 def _qwen3_moe(config: Record) -> Values:
@@ -240,8 +240,7 @@ def _window_keys(config: Record) -> Values:
         windowed = [True] * layers
     if not any(windowed):
         return {}
-    keys: Values = {"attention.sliding_window": window}
-    return keys if all(windowed) else {**keys, "attention.sliding_window_pattern": windowed}
+    return {"attention.sliding_window": window, "attention.sliding_window_pattern": windowed}
 
 
 def _other_kind(kinds: list[Any]) -> Any:

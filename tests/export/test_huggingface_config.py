@@ -89,7 +89,7 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], Expected]] = {
     ),
     # windows
     "mistral": ("mistral", {"sliding_window": 128}, {
-        "attention.sliding_window": 128, "attention.sliding_window_pattern": None,
+        "attention.sliding_window": 128, "attention.sliding_window_pattern": windowed("ss"),
     }),
     "mistral by default": ("mistral", {}, {"attention.sliding_window": 4096}),
     "mistral without": ("mistral", {"sliding_window": None}, {"attention.sliding_window": None}),
@@ -122,6 +122,10 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], Expected]] = {
         {"attention.sliding_window": 512, "attention.sliding_window_pattern": windowed("sssssfs"),
          "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "attention.scale": 1 / 16, "final_logit_softcapping": 0.0},
     ),
+    "gemma3, all windowed": (
+        "gemma3_text", {"layer_types": kinds("ss")}, {"attention.sliding_window_pattern": windowed("ss")},
+    ),
+    "gemma3, none windowed": ("gemma3_text", {"layer_types": kinds("ff")}, {"attention.sliding_window": None}),
     "gemma3, new": (
         "gemma3_text",
         {"rope_theta": ..., "layer_types": kinds("sf"), "sliding_window": 512, "rope_parameters": {
@@ -138,7 +142,7 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], Expected]] = {
     # what families have of their own
     "smollm3": ("smollm3", {"num_hidden_layers": 5}, {"rope.layers": [True, True, True, False, True]}),
     "smollm3, said": ("smollm3", {"no_rope_layers": [0, 1]}, {"rope.layers": [False, True]}),
-    "smollm3, all": ("smollm3", {"no_rope_layers": [1, 1]}, {"rope.layers": None}),
+    "smollm3, all": ("smollm3", {"no_rope_layers": [1, 1]}, {"rope.layers": [True, True]}),
     "granite": (
         "granite",
         {"embedding_multiplier": 12, "residual_multiplier": 0.22, "logits_scaling": 8, "attention_multiplier": 0.1},

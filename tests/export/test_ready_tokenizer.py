@@ -142,6 +142,8 @@ def test_chat_templates() -> None:
     assert read(plain, {"chat_template": "C"}, template="J").settings.chat_template == "J"
     with pytest.raises(ModelError, match="chat_template that is not text but int"):
         read(plain, {"chat_template": 3})
+    with pytest.raises(ModelError, match="chat_template that is not valid Unicode"):
+        read(plain, {"chat_template": "\ud800"})
 
 
 def test_what_looks_like_a_control_token_is_one() -> None:
@@ -255,7 +257,8 @@ def test_an_unknown_token_that_nobody_knows_does_not_stop_a_text() -> None:
     [
         ({"bos_token": "nobody"}, {}, "has no token 'nobody', the bos_token"),
         ({}, {"eos_token_id": 999}, "has no token 999, which the configs name as an end"),
-        ({}, {"eos_token_id": [2, "x"]}, "eos_token_id 'x', which must be a whole number"),
+        ({}, {"eos_token_id": [2, "x"]}, r"eos_token_id \[2, 'x'\], which must be whole numbers"),
+        ({}, {"eos_token_id": [None]}, "which must be whole numbers"),
         ({}, {"eos_token_id": -1}, "has no token -1"),
     ],
 )
