@@ -231,7 +231,8 @@ def test_cache_settings() -> None:
 
 def test_the_archive() -> None:
     says(5, f"no more than {WHOLE_TOKENS:,} tokens and fit whole")
-    says(6, f"in steps of {ARCHIVE_STEP} tokens", f"blocks of {BLOCK_TOKENS} tokens", f"in their {Channels.channels} most important pairs of channels, in 4 bits")
+    says(6, f"in steps of {ARCHIVE_STEP} tokens", f"blocks of {BLOCK_TOKENS} tokens")
+    says(6, f"in their {Channels.channels} most important pairs of channels, in 4 bits")
     says(6, f"every {roofline.QUERIES_PER_CHOICE} of its queries", f"one for every {roofline.QUERIES_OF_SHORT_CHUNK};")
     says(6, f"after every {CacheSettings().recall_every} tokens", f"{RECALL[1]:,} when there is room")
     says(6, f"no fewer than {RECALL[0]} unless", "a tenth of the free space")
