@@ -68,8 +68,8 @@ def command(
 ) -> None:  # fmt: skip
     """Read N tokens with MODEL, decode some more, and print rates, time to the first token and memory.
 
-    MODEL is a name from `satchel models`, a .gguf file, or a package or Hugging Face folder. Every measurement is a process of
-    its own, and the sides take turns. Both read the same token ids with the same number of threads.
+    MODEL is a name from `satchel models`, a .gguf file, or a package or Hugging Face folder. Every measurement
+    is a process of its own, and the sides take turns. Both read the same token ids with the same number of threads.
     Absolute figures drift with the machine; ratios of one run hold.
     """
     try:

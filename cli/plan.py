@@ -67,8 +67,8 @@ def command(
     """Show how MODEL would read N tokens: bytes of memory and disk row by row, the placement of the KV cache,
     seconds of reading and the rate of answering.
 
-    MODEL is a name from `satchel models`, a .gguf file, or a package or Hugging Face folder; it is fetched and exported first where
-    that is needed. The first time, a few seconds go into measuring this machine with the model.
+    MODEL is a name from `satchel models`, a .gguf file, or a package or Hugging Face folder; it is fetched and
+    exported first where that is needed. The first time, a few seconds go into measuring this machine with the model.
     """
     try:
         Options.check(memory, policy, kv, threads, "cpu", disk)

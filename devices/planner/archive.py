@@ -120,6 +120,7 @@ def _rung(share: float, wishes: Wishes) -> Split:
     window = _between(WINDOW, share) if wishes.window is None else wishes.window
     if wishes.hot_tokens is not None:
         window = min(window, max(wishes.hot_tokens - sinks, 1))
+    window = max(window, wishes.least_window)
     hot = max(sinks + window, wishes.hot_tokens or 0)
     recall = wishes.recall_tokens
     if recall is None:

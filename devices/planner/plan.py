@@ -90,6 +90,7 @@ class Wishes:
     recall_tokens: int | None = None
     budget_bytes: int | None = None
     step_tokens: int = ARCHIVE_STEP  # of the retriever: tokens that leave the window together
+    least_window: int = 0  # of an archive's hot tier: layers that see a window only recall nothing beyond it
 
 
 @dataclass(frozen=True)
