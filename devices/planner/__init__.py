@@ -10,7 +10,7 @@ The decision, for the policy ``auto``, is by quality first and speed second:
 3. Else an error that names the smallest limit which would do.
 
 The hot tier takes the roomiest rung of one ladder that fits: 64 sinks, a window of 1,024 and 1,024 recalled tokens, all
-shrinking together down to 16, 128 and 768; the chunk is the largest of `CHUNKS` that the window is as long as, or half
+shrinking together down to 16, 112 and 768; the chunk is the largest of `CHUNKS` that the window is as long as, or half
 of it. What a person sets stays as it is.
 
 ``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens of a conversation together, however large

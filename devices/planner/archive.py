@@ -23,7 +23,7 @@ from .plan import (
 
 # Tokens per KV head, least and most; measured in docs/lab-notes.md. Recalled tokens are what quality depends on, and
 # they cost little memory: those on disk are held for one layer at a time.
-SINKS, WINDOW, RECALL = (16, 64), (128, 1024), (768, 1024)
+SINKS, WINDOW, RECALL = (16, 64), (112, 1024), (768, 1024)
 RUNGS = 16
 
 
