@@ -14,7 +14,8 @@
 namespace satchel {
 namespace {
 
-constexpr int kScoreRows = 24;  // query rows that are turned into a page's frame together
+constexpr int kScoreRows = 32;  // query rows that are turned into a page's frame together: a choice has 28 in qwen
+constexpr int kPageTiles = kPageTokens / kTile;
 
 // Queries turned back by the rotation of the page: what they see in the page's frame.
 inline void turn_back(const float* x, const float* rope, int half, int head_size, float* out) {
@@ -53,6 +54,7 @@ struct PageScore {
   int rows;
   float* tile;   // [2 * D][16]
   float* other;  // [rows, 2 * D]
+  float* tokens;  // [16 / kPageTiles][kScoreRows, kPageTokens]: kChannels only
   float* out;    // [rows, kPageTokens], of which the first 16 are the blocks' logits
 };
 
@@ -116,9 +118,9 @@ inline void score_bounds(const PageScore& s) {
 }
 
 // What the mean of all keys gives, and the log of the mean of exp over the tokens of what their chosen channels add.
+// Lanes are blocks: the n-th tokens of all 16 blocks together, so that nothing is added across lanes.
 inline void score_channels(const PageScore& s) {
   const int D = s.task.head_size, half = s.task.half, count = int(s.task.basis->pairs.size());
-  const uint8_t* scales_at = s.data + size_t(kDigestTokens) * count;
   dot_tile(s.queries, s.rows, D, s.task.basis->center.data(), s.out);
   for (int r = 0; r < s.rows; ++r)
     for (int i = 0; i < count; ++i) {
@@ -126,30 +128,31 @@ inline void score_channels(const PageScore& s) {
       s.other[size_t(r) * 2 * count + i] = s.queries[size_t(r) * D + first_channel(pair, half)];
       s.other[size_t(r) * 2 * count + count + i] = s.queries[size_t(r) * D + second_channel(pair, half)];
     }
-  for (int block = 0; block < kDigestBlocks; ++block) {
-    uint16_t halves[kBlockTokens];
-    float scales[kBlockTokens];
-    std::memcpy(halves, scales_at + block * sizeof halves, sizeof halves);
-    for (int t = 0; t < kBlockTokens; t += kLanes) store(scales + t, load_half(halves + t));
-    const uint8_t* codes = s.data + size_t(block) * count * kBlockTokens;
-    for (int i = 0; i < count * kBlockTokens; i += kLanes) {
+  const auto of_token = [&](int t) { return s.tokens + size_t(t / kPageTiles) * kScoreRows * kPageTokens + t % kPageTiles * kTile; };
+  for (int t = 0; t < kBlockTokens; ++t) {
+    const uint8_t* codes = s.data + size_t(t) * count * kDigestBlocks;
+    uint16_t halves[kDigestBlocks];
+    float scales[kDigestBlocks];
+    std::memcpy(halves, s.data + size_t(kDigestTokens) * count + t * sizeof halves, sizeof halves);
+    for (int b = 0; b < kDigestBlocks; b += kLanes) store(scales + b, load_half(halves + b));
+    for (int i = 0; i < count * kDigestBlocks; i += kLanes) {
       UnsignedCodes bytes;
       std::memcpy(&bytes, codes + i, sizeof bytes);
       const Int both = __builtin_convertvector(bytes, Int);
-      const Float scale = load(scales + i % kBlockTokens);
+      const Float scale = load(scales + i % kDigestBlocks);
       store(s.tile + i, to_float((both & 15) - kNibbleZero) * scale);
-      store(s.tile + count * kBlockTokens + i, to_float((both >> 4) - kNibbleZero) * scale);
+      store(s.tile + count * kDigestBlocks + i, to_float((both >> 4) - kNibbleZero) * scale);
     }
-    dot_tile(s.other, s.rows, 2 * count, s.tile, s.out + kTile);
-    for (int r = 0; r < s.rows; ++r) {
-      const float* tokens = s.out + r * kPageTokens + kTile;
-      Float peaks = load(tokens), sums{};
-      for (int t = kLanes; t < kBlockTokens; t += kLanes) peaks = max(peaks, load(tokens + t));
-      const float peak = largest(peaks);
-      for (int t = 0; t < kBlockTokens; t += kLanes) sums += exp(load(tokens + t) - peak);
-      s.out[r * kPageTokens + block] += peak + std::log(sum(sums) / kBlockTokens);
-    }
+    dot_tile(s.other, s.rows, 2 * count, s.tile, of_token(t));
   }
+  for (int r = 0; r < s.rows; ++r)
+    for (int b = 0; b < kDigestBlocks; b += kLanes) {
+      const size_t at = size_t(r) * kPageTokens + b;
+      Float peaks = load(of_token(0) + at), sums{};
+      for (int t = 1; t < kBlockTokens; ++t) peaks = max(peaks, load(of_token(t) + at));
+      for (int t = 0; t < kBlockTokens; ++t) sums += exp(load(of_token(t) + at) - peaks);
+      store(s.out + at, load(s.out + at) + peaks + log(sums * (1.0f / kBlockTokens)));
+    }
 }
 
 // logits [rows][pages * 16] of one group of rows.
@@ -159,12 +162,13 @@ inline void score_pages(const ScoreTask& task, int first, int rows, float* scrat
   float* turned = scratch;
   float* tile = turned + size_t(kScoreRows) * D;
   float* other = tile + size_t(2 * D) * kDigestBlocks;
+  float* tokens = other + size_t(kScoreRows) * 2 * D;
   float out[kScoreRows * kPageTokens];
   for (int p = 0; p < task.page_count; ++p) {
     const DigestPage& page = task.pages[p];
     for (int r = 0; r < rows; ++r)
       turn_back(task.queries + size_t(first + r) * D, page.rope, task.half, D, turned + size_t(r) * D);
-    const PageScore score{task, page.data, turned, rows, tile, other, out};
+    const PageScore score{task, page.data, turned, rows, tile, other, tokens, out};
     switch (task.retriever.digest) {
       case Digest::kMean: score_means(score); break;
       case Digest::kMinMax: score_bounds(score); break;
@@ -202,7 +206,10 @@ inline void vote(const ScoreTask& task, int row, float* logits) {
 void score(const ScoreTask& task) {
   const int D = task.head_size;
   const size_t stride = size_t(task.page_count) * kDigestBlocks;
-  std::vector<float> scratch(size_t(kScoreRows) * 3 * D + size_t(2 * D) * kDigestBlocks), logits(kScoreRows * stride);
+  const bool by_token = task.retriever.digest == Digest::kChannels;
+  const size_t tokens = by_token ? size_t(kBlockTokens / kPageTiles) * kScoreRows * kPageTokens : 0;
+  std::vector<float> scratch(size_t(kScoreRows) * 3 * D + size_t(2 * D) * kDigestBlocks + tokens);
+  std::vector<float> logits(kScoreRows * stride);
   for (int first = 0; first < task.rows; first += kScoreRows) {
     const int rows = std::min(kScoreRows, task.rows - first);
     score_pages(task, first, rows, scratch.data(), logits.data());

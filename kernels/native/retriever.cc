@@ -11,8 +11,8 @@ namespace satchel {
 
 // kMean      codes int8 [D][16 blocks], then scales float [16]
 // kMinMax    codes uint8 [D][16] of the least, then of the largest, then offsets float [16], scales float [16]
-// kChannels  codes [16 blocks][pairs][16 tokens], a byte each: code + 8 of the pair's first channel in the low four bits,
-//            of its second channel in the high ones; then scales half [256]
+// kChannels  codes [16 tokens][pairs][16 blocks], a byte each: code + 8 of the pair's first channel in the low four bits,
+//            of its second channel in the high ones; then scales half [16 tokens][16 blocks]
 // kCluster   codes int8 [D][16], then offsets half [D], scales half [D]
 size_t digest_page_bytes(const Retriever& retriever, int head_size) {
   const size_t codes = size_t(head_size) * kDigestBlocks;
@@ -93,7 +93,6 @@ void write_min_max(const DigestBasis& basis, int head_size, int block, const flo
 
 void write_channels(const DigestBasis& basis, int head_size, int half, int block, const float* keys, uint8_t* page) {
   const int count = int(basis.pairs.size());
-  uint8_t* codes = page + size_t(block) * count * kBlockTokens;
   const auto rest = [&](int t, int d) {
     return keys[size_t(t) * head_size + d] - basis.center[size_t(d) * kDigestBlocks + block];
   };
@@ -108,9 +107,10 @@ void write_channels(const DigestBasis& basis, int head_size, int half, int block
       return int(std::min(std::max(rounded, -kLargestNibble), kLargestNibble)) + kNibbleZero;
     };
     for (int i = 0; i < count; ++i)
-      codes[i * kBlockTokens + t] = uint8_t(code(rest(t, first_channel(basis.pairs[i], half))) |
-                                            code(rest(t, second_channel(basis.pairs[i], half))) << 4);
-    std::memcpy(page + size_t(kDigestTokens) * count + (block * kBlockTokens + t) * sizeof stored, &stored, sizeof stored);
+      page[(size_t(t) * count + i) * kDigestBlocks + block] =
+          uint8_t(code(rest(t, first_channel(basis.pairs[i], half))) |
+                  code(rest(t, second_channel(basis.pairs[i], half))) << 4);
+    std::memcpy(page + size_t(kDigestTokens) * count + (t * kDigestBlocks + block) * sizeof stored, &stored, sizeof stored);
   }
 }
 

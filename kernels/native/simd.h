@@ -93,6 +93,30 @@ inline Float exp(Float x) {
   return x < splat(-87.0f) ? Float{} : result;
 }
 
+// The natural logarithm of positive, normal numbers; relative error below 3e-7.
+inline Float log(Float x) {
+  Int bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  Int exponent = (bits >> 23) - 126;
+  bits = (bits & 0x007fffff) | 0x3f000000;  // the mantissa in [0.5, 1)
+  Float m;
+  std::memcpy(&m, &bits, sizeof m);
+  const Int below = m < splat(0.707106781f);  // -1 where it is: there twice the mantissa, one exponent less
+  exponent += below;
+  const Float r = (below ? m + m : m) - 1.0f;
+  Float p = splat(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const Float n = to_float(exponent), square = r * r;
+  return (p * r - 0.5f) * square + r + n * 0.693359375f - n * 2.12194440e-4f;
+}
+
 // IEEE half precision, kLanes of them, to float.
 inline Float load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
