@@ -55,7 +55,7 @@ class PlannedTensor:
         if self.carried:
             return self.source.size
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
-        return math.prod(self.source.shape) // block * int(block_bytes)
+        return int(math.prod(self.source.shape) // block * block_bytes)
 
     def chunks(self) -> Iterator[Bytes]:
         """The bytes in order.

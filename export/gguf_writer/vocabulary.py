@@ -27,8 +27,8 @@ PROBES = (
     "The tests, 12 of them:\n\tna\u00efve \u6f22\u5b57 \u3072\u3089\u304c\u306a \U0001f642 it's 1234567 12,345.67",
     "HelloWorld camelCase XMLHttp don't DON'T WE'LL we'Ve I'm  two   spaces\n\n\nlines \r\n\r\n end\n",
     "path/to/file.py //// a/b\n/c !!!\n???/ ...\n\n(x) {y} [z] #tag @me $5 \u20ac7 50% a_b __init__ =>\t\t->",
-    "cafe\u0301 re\u0301sume\u0301 \u0e01\u0e33\u0e25\u0e31\u0e07 \u0939\u093f\u0928\u094d\u0926\u0940 \u0430\u0431\u0432 123\u0661\u0662\u0663 "
-    "\u00b2\u00bd \u4e00\u4e8c\u4e0912\u30ab\u30bf\ub9d0  \u00a0x \u3000y",
+    "cafe\u0301 re\u0301sume\u0301 \u0e01\u0e33\u0e25\u0e31\u0e07 \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\u0430\u0431\u0432 123\u0661\u0662\u0663 \u00b2\u00bd \u4e00\u4e8c\u4e0912\u30ab\u30bf\ub9d0  \u00a0x \u3000y",
     "  leading and trailing  ",
 )
 DIFFERENT = "the tokenizer that llama.cpp would make of it is another one"

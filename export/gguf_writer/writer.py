@@ -81,17 +81,17 @@ def _check_name(out: Path) -> None:
 
 def _check_place(out: Path, source: Source) -> None:
     """Refuses a place where something lies that an export must not replace."""
-    if not out.exists():
-        return
-    if any(out.samefile(path) for path in source.paths if path.exists()):
-        raise StorageError(f"{out} is the model that is to be exported; name another file")
-    if not out.is_file():
-        raise StorageError(f"{out} exists and is not a file; name another file")
     try:
+        if not out.exists():
+            return
+        if any(out.samefile(path) for path in source.paths):
+            raise StorageError(f"{out} is the model that is to be exported; name another file")
+        if not out.is_file():
+            raise StorageError(f"{out} exists and is not a file; name another file")
         with out.open("rb") as file:
             head = file.read(len(MAGIC))
     except OSError as error:
-        raise StorageError(f"{out} exists and cannot be read ({error.strerror}); name another file") from None
+        raise StorageError(f"{out} cannot be used ({error.strerror}); name another file") from None
     if head != MAGIC:
         raise StorageError(f"{out} exists and is not a GGUF file; name another file or remove it")
 
@@ -161,7 +161,8 @@ def _write_header(
         else:
             writer.add_key_value(key, value.value, value.kind)
     for tensor in planned:
-        writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.kind)
+        shape = tensor.source.shape
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.kind)
     writer.fout, writer.state = [file], WriterState.EMPTY  # our file, which is open already
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
