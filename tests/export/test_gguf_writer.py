@@ -109,15 +109,16 @@ def test_settings_and_origin_are_in_the_file_once(tmp_path: Path) -> None:
     source = write_tiny_gguf(tmp_path / "m.gguf")
     export_gguf(source, tmp_path / "one.gguf", kv={"window": 512, "codec": "q8"})
     export_gguf(tmp_path / "one.gguf", tmp_path / "two.gguf", kv={"budget_bytes": 1 << 33})
-    with open_source(source) as first, open_source(tmp_path / "one.gguf") as one, open_source(tmp_path / "two.gguf") as two:
-        own = [{k: v for k, v in s.metadata.items() if k.startswith("satchel.")} for s in (one, two)]
-        assert own[0] == {
+    with open_source(source) as first, open_source(tmp_path / "one.gguf") as one:
+        assert {key: value for key, value in one.metadata.items() if key.startswith("satchel.")} == {
             "satchel.format_version": 1, "satchel.source_name": "m.gguf", "satchel.source_sha256": first.sha256,
             "satchel.bits": 8, "satchel.kv.window": 512, "satchel.kv.codec": "q8",
         }  # fmt: skip
-        assert own[1]["satchel.source_sha256"] == one.sha256
-        assert [key for key in own[1] if ".kv." in key] == ["satchel.kv.budget_bytes"]
-        assert own[1]["satchel.kv.budget_bytes"] == 1 << 33
+        sha256 = one.sha256
+    with open_source(tmp_path / "two.gguf") as two:
+        assert two.metadata["satchel.source_sha256"] == sha256
+        assert [key for key in two.metadata if ".kv." in key] == ["satchel.kv.budget_bytes"]
+        assert two.metadata["satchel.kv.budget_bytes"] == 1 << 33
 
 
 def test_texts_that_are_not_utf8_are_copied_byte_by_byte(tmp_path: Path) -> None:
@@ -417,7 +418,8 @@ def test_a_killed_export_leaves_no_file_of_that_name(tmp_path: Path) -> None:
     source, out = write_tiny_gguf(tmp_path / "m.gguf"), tmp_path / "out.gguf"
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom satchel.export.gguf_writer import export_gguf\n"
-        "def stop(stage, done, total):\n    if stage == 'exporting' and done > 20_000: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def stop(stage, done, total):\n"
+        "    if stage == 'exporting' and done > 20_000: os.kill(os.getpid(), signal.SIGKILL)\n"
         "export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), progress=stop)\n"
     )
     result = subprocess.run([sys.executable, "-c", code, source, out], check=False, env=dict(os.environ))
@@ -549,32 +551,36 @@ def test_weights_that_no_block_holds(value: float, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
 def test_real_models_answer_alike(name: str, real_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Along our greedy tokens llama.cpp prefers the same ones, but where our two best are as good as equal."""
+    """llama.cpp writes the same tokens, up to one where our two best are as good as equal; along ours it prefers the
+    same ones. (It does not always agree with itself there: one token at a time and many take other kernels.)
+    """
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs the extra 'bench'")
-    source = real_model(name)
+    source, count = real_model(name), 16
     export_gguf(source, tmp_path / "out.gguf")
-    theirs = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
-    same = total = 0
+    theirs = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    same: list[int] = []
     with satchel.load(source, policy="full", kv={"storage": "fp32"}, cache_dir=tmp_path / "cache") as ours:
         for prompt in REAL_PROMPTS:
             ids = ours.tokenizer.encode(prompt)
             assert theirs.tokenize(prompt.encode(), add_bos=False, special=False) == ids
+            found = [token for token, _ in zip(theirs.generate(ids, temp=0.0), range(count), strict=False)]
             gaps = []
-            for _ in range(16):
+            for _ in range(count):
                 logits = ours.last_logits(ids)
-                first, second = np.sort(logits)[::-1][:2]
-                gaps.append(float(first - second))
+                gaps.append(float(np.ptp(np.sort(logits)[-2:])))
                 ids = [*ids, int(logits.argmax())]
             theirs.reset()
             theirs.eval(ids[:-1])
-            scores = theirs.scores[len(ids) - 17 : len(ids) - 1]
-            for gap, row, token in zip(gaps, scores, ids[-16:], strict=True):
-                alike = int(row.argmax()) == token
-                assert alike or gap < NEAR_TIE, (prompt, gap)
-                same, total = same + alike, total + 1
+            preferred = theirs.scores[len(ids) - count - 1 : len(ids) - 1].argmax(1).tolist()
+            flips = [gap for gap, one, other in zip(gaps, preferred, ids[-count:], strict=True) if one != other]
+            alike = next((at for at in range(count) if found[at] != ids[at - count]), count)
+            flips += gaps[alike : alike + 1]
+            print(f"{name}: {prompt!r}: {alike} of {count} greedy; gaps where one differs: {flips}")
+            assert all(gap < NEAR_TIE for gap in flips), (prompt, flips)
+            same.append(sum(one == other for one, other in zip(preferred, ids[-count:], strict=True)))
     theirs.close()
-    print(f"{name}: {same} of {total} tokens")
-    assert same >= 0.95 * total
+    print(f"{name}: {sum(same)} of {count * len(same)} along our tokens")
+    assert sum(same) >= 0.95 * count * len(REAL_PROMPTS)
 
 
 NEAR_TIE = 0.3  # in logits: what rounding of activations to 8 bits there, 16 here, may turn round
