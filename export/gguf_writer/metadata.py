@@ -20,6 +20,7 @@ import gguf
 from ...errors import ModelError
 from ..architectures import DecoderModel, read_model
 from ..architectures.keys import OWN_PREFIX
+from ..architectures.layout import LONG_FACTORS, SHORT_FACTORS
 from ..sources import Source
 from ..sources.gguf import INTERLEAVED_ROPE, GgufMetadata
 from ..spec import ModelSpec
@@ -83,7 +84,7 @@ def copied_keys(metadata: GgufMetadata) -> Iterator[tuple[str, Value]]:
         yield key, Value(value, gguf.GGUFValueType(kind), array)
 
 
-def translated_keys(source: Source, model: DecoderModel) -> tuple[dict[str, Any], str | None]:
+def translated_keys(source: Source, model: DecoderModel) -> tuple[dict[str, Any], list[str]]:
     """(keys of a folder's model for llama.cpp and, under ``satchel.``, for us; what a person should know).
 
     Raises:
@@ -95,7 +96,6 @@ def translated_keys(source: Source, model: DecoderModel) -> tuple[dict[str, Any]
     theirs = asdict(_read_again(source, keys))
     ours = asdict(model.spec)
     different = {name for name in ours if not _alike(ours[name], theirs[name])}
-    seen_by_all = family not in WINDOWED and any(model.spec.attention_windows)
     refused = sorted(different - {"name"} - (set() if family in WINDOWED else {"attention_windows"}))
     if refused:
         name = refused[0]
@@ -104,13 +104,21 @@ def translated_keys(source: Source, model: DecoderModel) -> tuple[dict[str, Any]
             f"would take {theirs[name]!r:.60}), so a GGUF file of it would answer wrongly; export it with --format onnx"
         )
     keys |= {f"{OWN_PREFIX}{key}": value for key, value in extra.items()} if different - {"name"} else {}
-    if not seen_by_all:
-        return keys, None
-    window = max(model.spec.attention_windows)
-    return keys, (
-        f"llama.cpp does not know the sliding window of {family} models: beyond {window} tokens its answers will "
-        "differ from Satchel's"
-    )
+    return keys, list(_advice(source, model.spec))
+
+
+def _advice(source: Source, spec: ModelSpec) -> Iterator[str]:
+    """Where llama.cpp answers otherwise than we do, and people know it to."""
+    if spec.architecture not in WINDOWED and any(spec.attention_windows):
+        yield (
+            f"llama.cpp does not know the sliding window of {spec.architecture} models: beyond "
+            f"{max(spec.attention_windows)} tokens its answers will differ from Satchel's"
+        )
+    if {LONG_FACTORS, SHORT_FACTORS} <= source.tensors.keys() and spec.rope.original_context < spec.context_length:
+        yield (
+            f"llama.cpp takes LongRoPE's short factors for contexts of up to {spec.rope.original_context} tokens, "
+            "where Satchel takes the long ones: answers will differ there"
+        )
 
 
 def own_keys(source: Source, bits: int, settings: Mapping[str, int | str], sha256: str) -> dict[str, Any]:

@@ -119,17 +119,17 @@ def _write(
             writer.write_padding(file, tensor.size)
         size = file.tell()
     remove_stale(out.parent)
-    if advice is not None:
-        notice(advice)
+    for line in advice:
+        notice(line)
     rounded = _rounded(planned)
     return GgufFile(out, size, len(planned) - rounded, rounded)
 
 
 def _keys(
     source: Source, model: DecoderModel, planned: list[PlannedTensor], bits: int
-) -> tuple[dict[str, Value], str | None]:
+) -> tuple[dict[str, Value], list[str]]:
     """(all keys but those of our own making, what a person should know)"""
-    advice: str | None = None
+    advice: list[str] = []
     if isinstance(source.metadata, GgufMetadata):
         keys = dict(copied_keys(source.metadata))
     else:

@@ -239,6 +239,24 @@ def test_windows(name: str, change: dict[str, Any], windows: tuple[int, ...], tm
         assert distance(theirs, ours) > LARGEST_RMS
 
 
+@pytest.mark.filterwarnings("default")
+def test_long_rope(tmp_path: Path) -> None:
+    """llama.cpp takes the factors by the length of its context (here 90, beyond the original 64): then it agrees."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+        "long_factor": [1.0 + pair for pair in range(8)],
+    }  # fmt: skip
+    notices: list[str] = []
+    folder = write_family_folder(
+        tmp_path / "hf", "phi3", rope_parameters=rope, original_max_position_embeddings=64
+    )
+    export_gguf(folder, tmp_path / "m.gguf", notice=notices.append)
+    assert len(notices) == 1
+    assert "LongRoPE's short factors for contexts of up to 64 tokens" in notices[0]
+    ours = reference_from_package(export_model(tmp_path / "m.gguf", tmp_path / "package").folder).logits(IDS)
+    assert distance(llama_cpp_logits(tmp_path / "m.gguf", IDS), ours) <= LARGEST_RMS
+
+
 # --- tokenizers
 
 
@@ -583,7 +601,7 @@ def test_real_models_answer_alike(name: str, real_model: Callable[[str], Path], 
     assert sum(same) >= 0.95 * count * len(REAL_PROMPTS)
 
 
-NEAR_TIE = 0.3  # in logits: what rounding of activations to 8 bits there, 16 here, may turn round
+NEAR_TIE = 0.15  # in logits: what rounding activations, to 8 bits there, to 8 or 16 here, may turn round
 REAL_PROMPTS = (
     "The capital of France is", "def fibonacci(n):\n", "Water boils at a temperature of", "Once upon a time",
     "The three primary colours are",
