@@ -5,7 +5,7 @@ llama.cpp has them in its code and not in files: these are left out where its co
 not, the model is refused, as it would run there and answer wrongly. Windows are the exception: most families run in
 llama.cpp without theirs, which only matters for long texts; a notice says so, and our key keeps the fact.
 
-Facts: the files ``src/models/*.cpp`` of llama.cpp (September 2026).
+Facts: the files ``src/models/*.cpp`` of llama.cpp, tried out with llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
