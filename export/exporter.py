@@ -33,7 +33,7 @@ from .package import (
     record_files,
     write_manifest,
 )
-from .ready_tokenizer import ReadyTokenizer
+from .ready_tokenizer import ready_tokenizer
 from .sources import Source, open_source
 from .tokenizer import TokenizerSettings, build_tokenizer
 from .weights import MatrixRecord
@@ -150,15 +150,10 @@ def _export(
 
 def _tokenizer(source: Source, vocab: int) -> tuple[TokenizerSettings, Callable[[], Tokenizer]]:
     """The settings of the source's tokenizer, and what makes the tokenizer itself."""
-    if source.tokenizer is not None:
-        ready = ReadyTokenizer(source.tokenizer, vocab)
+    ready = ready_tokenizer(source, vocab)
+    if ready is not None:
         settings, tokenizer = ready.settings, ready.tokenizer
         return settings, lambda: tokenizer  # without its record, which can take hundreds of megabytes
-    if source.path.is_dir():
-        raise ModelError(
-            f"{source.path} has no tokenizer.json; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
-            "transformers writes one"
-        )
     return TokenizerSettings.from_metadata(source.metadata), lambda: build_tokenizer(source.metadata)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..errors import ModelError
-from .sources import TokenizerFiles, parse_record
+from .sources import Source, TokenizerFiles, parse_record
 from .tokenizer import BYTE_LEVEL, CONTROL_SHAPE, SENTENCEPIECE, STOP_TOKENS, TokenizerSettings
 
 MAX_TOKENS = 1 << 22
@@ -195,6 +195,22 @@ class ReadyTokenizer:
             if tokenizer.token_to_id(name) != index:
                 raise self._error(f"gives the token {name!r:.80} the id {index}, which is not free; download it again")
         return tokenizer
+
+
+def ready_tokenizer(source: Source, vocab: int) -> ReadyTokenizer | None:
+    """The tokenizer beside the weights of a folder; None where it is in the metadata.
+
+    Raises:
+        ModelError: as `ReadyTokenizer`, or a folder has none.
+    """
+    if source.tokenizer is not None:
+        return ReadyTokenizer(source.tokenizer, vocab)
+    if source.path.is_dir():
+        raise ModelError(
+            f"{source.path} has no tokenizer.json; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
+            "transformers writes one"
+        )
+    return None
 
 
 def _steps(record: Mapping[str, Any]) -> set[str]:

@@ -8,6 +8,8 @@ from typing import Any
 from ...errors import ModelError
 from ..sources import Source
 
+OWN_PREFIX = "satchel."
+
 
 class Keys:
     """Typed access to the metadata keys of one architecture."""
@@ -17,7 +19,9 @@ class Keys:
         self._prefix = source.architecture
 
     def get(self, key: str) -> Any:
-        return self._source.metadata.get(f"{self._prefix}.{key}")
+        """The value, or the one under ``satchel.``, where our GGUF files have what llama.cpp has no key for."""
+        name = f"{self._prefix}.{key}"
+        return self._source.metadata.get(name, self._source.metadata.get(f"{OWN_PREFIX}{name}"))
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key)

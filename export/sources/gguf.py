@@ -137,16 +137,22 @@ class GgufMetadata(Mapping[str, Any]):
         place = self._places.get(key)
         return None if place is None or place[1] < 0 else place[1]
 
-    def _decode(self, kind: int, count: int, offset: int) -> Any:
+    def exact(self, key: str) -> tuple[int, bool, Any]:
+        """(type of the value or of an array's elements, is it an array, value), strings as the bytes that they are."""
+        kind, count, offset = self._places[key]
+        return kind, count >= 0, self._decode(kind, count, offset, raw=True)
+
+    def _decode(self, kind: int, count: int, offset: int, *, raw: bool = False) -> Any:
         if kind != STRING:
             if count < 0:
                 return struct.unpack_from("<" + SCALARS[kind], self._header, offset)[0]
             dtype = np.dtype("<" + SCALARS[kind])
             return np.frombuffer(self._header, dtype, count, offset).tolist()
-        values = []
-        for _ in range(max(count, 1)):
+        values: list[Any] = []
+        for _ in range(count if count >= 0 else 1):
             (length,) = struct.unpack_from("<Q", self._header, offset)
-            values.append(self._header[offset + 8 : offset + 8 + length].decode("utf-8", errors="replace"))
+            text = self._header[offset + 8 : offset + 8 + length]
+            values.append(text if raw else text.decode("utf-8", errors="replace"))
             offset += 8 + length
         return values if count >= 0 else values[0]
 

@@ -14,6 +14,7 @@ import pytest
 from satchel.errors import ModelError
 from satchel.export.architectures import read_model
 from satchel.export.sources import open_source
+from satchel.export.sources.gguf import GgufMetadata
 from tiny_models import write_tiny_gguf
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
@@ -216,3 +217,17 @@ def test_a_real_vocabulary_opens_in_a_moment(real_model: Callable[[str], Path]) 
     with open_source(real_model("qwen2.5-coder-0.5b-instruct")) as source:
         assert len(source.metadata["tokenizer.ggml.tokens"]) == 151936
     assert time.monotonic() - start < 5
+
+
+def test_values_with_their_types_and_arrays_of_nothing(tmp_path: Path) -> None:
+    nothing = struct.pack("<IQ", STRING, 0)
+    pairs = (ARCHITECTURE, pair("k.none", ARRAY, nothing), pair("k.text", STRING, text(b"a\xff")))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(pairs))
+    with open_source(path) as source:
+        metadata = source.metadata
+        assert isinstance(metadata, GgufMetadata)
+        assert metadata["k.none"] == []
+        assert metadata.exact("k.none") == (STRING, True, [])
+        assert metadata["k.text"] == "a\ufffd"
+        assert metadata.exact("k.text") == (STRING, False, b"a\xff")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from satchel.errors import ModelError
 from satchel.export.exporter import ensure_package, export_model
+from satchel.export.gguf_writer import export_gguf
 from satchel.export.sources import open_source
 from tiny_models import write_tiny_gguf
 
@@ -75,6 +76,18 @@ def rename_all(folder: Path) -> Path:
 
 def remove(number: int) -> Callable[[Path], object]:
     return lambda folder: (folder / part_name(number, 3)).unlink()
+
+
+def test_the_parts_become_one_file(tmp_path: Path) -> None:
+    whole = write_tiny_gguf(tmp_path / "m.gguf", types=("Q8_0",))
+    first = split(whole, tmp_path / "parts", 3)
+    for source in (whole, first):
+        export_gguf(source, tmp_path / f"{source.stem}-out.gguf")
+    with open_source(tmp_path / "m-out.gguf") as one, open_source(tmp_path / f"{first.stem}-out.gguf") as other:
+        assert one.tensors.keys() == other.tensors.keys()
+        for name, tensor in one.tensors.items():
+            assert (tensor.read_rows(0, tensor.rows) == other.tensors[name].read_rows(0, tensor.rows)).all()
+        assert set(one.metadata) == set(other.metadata)
 
 
 def copy(source: int, target: int) -> Callable[[Path], object]:
