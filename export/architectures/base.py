@@ -6,6 +6,7 @@ Keys and tensor names are GGUF's; sources of other kinds present themselves in t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,6 +36,7 @@ __all__ = [
     "decoder",
     "read_experts",
     "read_spec",
+    "read_windowed_spec",
 ]
 
 
@@ -103,6 +105,12 @@ def read_spec(source: Source) -> ModelSpec:
         attention_softcap=keys.number("attn_logit_softcapping", 0.0),
         logits_softcap=keys.number("final_logit_softcapping", 0.0),
     )
+
+
+def read_windowed_spec(source: Source, period: int = 0) -> ModelSpec:
+    """`read_spec`, with the sliding windows that the metadata name; ``period`` as in `Keys.windows`."""
+    spec = read_spec(source)
+    return replace(spec, attention_windows=Keys(source).windows(spec.layers, period))
 
 
 def read_experts(source: Source) -> ExpertSpec:

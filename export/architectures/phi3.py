@@ -6,13 +6,9 @@ context than for longer ones, which cannot be changed while a cache grows: the l
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..sources import Source
-from .base import DecoderModel, Keys, decoder, read_spec
+from .base import DecoderModel, decoder, read_windowed_spec
 
 
 def read(source: Source) -> DecoderModel:
-    spec = read_spec(source)
-    windows = Keys(source).windows(spec.layers)
-    return decoder(source, replace(spec, attention_windows=windows), fused=True)
+    return decoder(source, read_windowed_spec(source), fused=True)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..sources import Source
-from .base import QUERY_KEY_VALUE, DecoderModel, Keys, decoder, read_spec
+from .base import QUERY_KEY_VALUE, DecoderModel, decoder, read_windowed_spec
 
 
 def read(source: Source) -> DecoderModel:
-    spec = read_spec(source)
-    windows = Keys(source).windows(spec.layers)
-    return decoder(source, replace(spec, attention_windows=windows), biases=QUERY_KEY_VALUE)
+    return decoder(source, read_windowed_spec(source), biases=QUERY_KEY_VALUE)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..sources import Source
-from .base import QUERY_KEY_VALUE, DecoderModel, Keys, decoder, read_spec
+from .base import QUERY_KEY_VALUE, DecoderModel, decoder, read_windowed_spec
 
 
 def read(source: Source) -> DecoderModel:
-    spec = read_spec(source)
-    windows = Keys(source).windows(spec.layers)
-    spec = replace(spec, query_key_norm="head", attention_windows=windows)
+    spec = replace(read_windowed_spec(source), query_key_norm="head")
     return decoder(source, spec, biases=QUERY_KEY_VALUE)
