@@ -24,10 +24,8 @@ import numpy as np
 from satchel.cache import ArchiveOptions, CacheSettings, CacheShape, KVCache
 from satchel.cache.snapshots import Snapshot, SnapshotStore, Subject
 
-SHAPE = CacheShape(
-    layers=3, heads=8, kv_heads=4, head_size=128, scale=0.1,
-    frequencies=(10000.0 ** (-np.arange(64) / 64)).astype(np.float32),
-)  # fmt: skip
+FREQUENCIES = (10000.0 ** (-np.arange(64) / 64)).astype(np.float32)
+SHAPE = CacheShape(layers=3, heads=8, kv_heads=4, head_size=128, scale=0.1)
 SETTINGS = CacheSettings(sinks=16, window=128)
 ARCHIVE = ArchiveOptions(codec="q8", retriever="landmark", sinks=16, window=128, recall_tokens=64, recall_every=8,
                          reach=0, warm_bytes=1 << 30)  # fmt: skip
@@ -50,7 +48,7 @@ def cache_of(number: int) -> KVCache:
     for layer in range(SHAPE.layers):
         q, k, v = (rng.normal(size=(TOKENS, heads, SHAPE.head_size)).astype(np.float32) for heads in (8, 4, 4))
         # what the graph's operator does; the cache has no other way in
-        made._native.attend(layer, q, k, v, np.arange(TOKENS), SHAPE.frequencies, scale=SHAPE.scale)
+        made._native.attend(layer, q, k, v, np.arange(TOKENS), FREQUENCIES, scale=SHAPE.scale)
     made.commit(TOKENS)
     made.demote()
     return made

@@ -33,7 +33,6 @@ class CacheShape:
     kv_heads: int
     head_size: int
     scale: float
-    frequencies: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -316,5 +315,5 @@ class KVCache:
                 values[head] = found[1]
         queries, query_positions = self._native.observed(layer)
         return LayerView(
-            keys, values, positions, queries, query_positions, self._shape.frequencies, self._shape.scale
+            keys, values, positions, queries, query_positions, self._native.frequencies(layer), self._shape.scale
         )

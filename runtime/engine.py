@@ -13,7 +13,6 @@ from .. import kernels
 from ..cache import FULL_MESSAGE, CacheFullError, CacheShape, KVCache
 from ..errors import ModelError, SatchelError
 from ..export.package import Package
-from ..export.rope import rope_frequencies
 
 
 class Cancelled(SatchelError):
@@ -33,7 +32,6 @@ class Engine:
             kv_heads=spec.kv_heads,
             head_size=spec.head_size,
             scale=spec.attention_scale,
-            frequencies=rope_frequencies(spec.rope),
         )
         self._lock = threading.Lock()
         self._running: tuple[KVCache, ort.RunOptions] | None = None

@@ -22,6 +22,7 @@ from ..devices.machine import cpu_name
 from ..devices.planner import Plan, why
 from ..devices.remembered import remember, remembered
 from ..devices.roofline import Rates, Work, estimated_rates, predict
+from ..export.rope import rope_frequencies
 from .memory import archive_costs, page_bytes
 from .model import Model
 
@@ -171,9 +172,10 @@ def _attend(model: Model, pages: kernels.KVCache, layers: int, first: int, count
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
     positions = np.arange(first, first + count)
+    frequencies = rope_frequencies(model.package.spec.rope)
     begun = time.perf_counter()
     for layer in range(layers):
-        pages.attend(layer, q, k, v, positions, shape.frequencies, scale=shape.scale, threads=model.options.threads)
+        pages.attend(layer, q, k, v, positions, frequencies, scale=shape.scale, threads=model.options.threads)
     return time.perf_counter() - begun
 
 

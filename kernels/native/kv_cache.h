@@ -65,6 +65,9 @@ class KVCache {
   const std::vector<float>& observed(int layer) const { return layers_.at(layer).observed; }
   const std::vector<int32_t>& observed_positions(int layer) const { return layers_.at(layer).observed_positions; }
 
+  // Of the layer's RoPE, as its last run gave them: layers may turn differently, or not at all.
+  const std::vector<float>& frequencies(int layer) const { return layers_.at(layer).frequencies; }
+
   const CacheShape& shape() const { return shape_; }
   const PagePool& pool() const { return *pool_; }
   size_t bytes() const;  // of the pages this cache refers to, shared ones included

@@ -212,6 +212,10 @@ PYBIND11_MODULE(_native, m) {
         std::copy(positions.begin(), positions.end(), p.mutable_data());
         return py::make_tuple(q, p);
       }, py::arg("layer"), "(queries before RoPE [n, H, D], positions [n]) of the last chunk's end.")
+      .def("frequencies", [](const CacheHandle& self, int layer) {
+        const auto& found = self.get().frequencies(layer);
+        return py::array_t<float>(py::ssize_t(found.size()), found.data());
+      }, py::arg("layer"), "Of the layer's RoPE [rotated dimensions / 2]; empty before its first run.")
       .def("attend", [](CacheHandle& self, int layer, const Array<float>& q, const Array<float>& k,
                         const Array<float>& v, const Array<int64_t>& positions, const Array<float>& frequencies,
                         float scale, float softcap, int window, float attention_factor, int thread_count) {

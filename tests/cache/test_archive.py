@@ -19,9 +19,8 @@ from satchel.errors import StorageError
 
 Array = NDArray[Any]
 LAYERS, HEADS, KV_HEADS, SIZE = 2, 4, 2, 32
-SHAPE = CacheShape(
-    LAYERS, HEADS, KV_HEADS, SIZE, scale=0.2, frequencies=(100.0 ** (-np.arange(16) / 16)).astype(np.float32)
-)
+FREQUENCIES = (100.0 ** (-np.arange(16) / 16)).astype(np.float32)
+SHAPE = CacheShape(LAYERS, HEADS, KV_HEADS, SIZE, scale=0.2)
 UNLIMITED = 1 << 40
 OPTIONS = ArchiveOptions(
     codec="q8", retriever="landmark", sinks=16, window=100, recall_tokens=64, recall_every=1, reach=0,
@@ -47,7 +46,7 @@ def read(cache: KVCache, tokens: int, seed: int = 0) -> Array:
     outs = []
     for layer in range(LAYERS):
         q, k, v = (rng.normal(size=(tokens, heads, SIZE)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS))
-        outs.append(cache._native.attend(layer, q, k, v, places, SHAPE.frequencies, scale=SHAPE.scale))
+        outs.append(cache._native.attend(layer, q, k, v, places, FREQUENCIES, scale=SHAPE.scale))
     cache.commit(tokens)
     return np.stack(outs)
 

@@ -14,10 +14,9 @@ from satchel.cache import CacheSettings, CacheShape, KVCache
 from satchel.cache.scorers import find_scorer, scorer_names
 
 Array = NDArray[Any]
-SHAPE = CacheShape(
-    layers=2, heads=4, kv_heads=2, head_size=16, scale=0.25,
-    frequencies=(100.0 ** (-np.arange(8) / 8)).astype(np.float32),
-)  # fmt: skip
+SHAPE = CacheShape(layers=2, heads=4, kv_heads=2, head_size=16, scale=0.25)
+# of each layer: the second one turns by another base, and only half of its dimensions
+FREQUENCIES = [(100.0 ** (-np.arange(8) / 8)).astype(np.float32), (30.0 ** (-np.arange(4) / 4)).astype(np.float32)]
 SINKS, WINDOW = 3, 5
 
 
@@ -40,7 +39,7 @@ def read(cache: KVCache, tokens: int, seed: int = 0) -> Array:
     outs = []
     for layer in range(SHAPE.layers):
         q, k, v = (rng.normal(size=(tokens, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
-        outs.append(native(cache).attend(layer, q, k, v, places, SHAPE.frequencies, scale=SHAPE.scale))
+        outs.append(native(cache).attend(layer, q, k, v, places, FREQUENCIES[layer], scale=SHAPE.scale))
     cache.commit(tokens)
     return np.stack(outs)
 
@@ -65,6 +64,22 @@ def test_demotion_keeps_sinks_window_and_the_best(scorer: str) -> None:
                 middle = np.arange(SINKS, 95)
                 best = middle[np.argsort(-scores[head, SINKS:95], kind="stable")[: 20 - SINKS - WINDOW]]
                 assert kept[SINKS:-WINDOW] == sorted(best.tolist())
+
+
+@pytest.mark.parametrize("scorer", ["snapkv", "expected-attention"])
+def test_a_scorer_turns_queries_as_their_layer_does(scorer: str) -> None:
+    """Gemma 3's windowed layers have another base, some of SmolLM3's have no rotary positions."""
+    with opened(scorer) as cache:
+        read(cache, 30)
+        twin = cache.fork()
+        for layer, frequencies in enumerate(FREQUENCIES):
+            np.testing.assert_array_equal(twin._view(layer).frequencies, frequencies)
+        twin.close()
+        q, k = (np.ones((1, heads, 16), np.float32) for heads in (4, 2))
+        native(cache).attend(1, q, k, k, np.array([30]), np.empty(0, np.float32), scale=SHAPE.scale)
+        view = cache._view(1)
+        assert view.frequencies.size == 0
+        assert np.isfinite(find_scorer(scorer).score(view)).all()
 
 
 @pytest.mark.parametrize("scorer", scorer_names())
@@ -138,7 +153,7 @@ def test_rollback_keeps_the_count() -> None:
         read(cache, 10)
         zeros = np.zeros((4, 4, 16), np.float32)
         native(cache).attend(
-            0, zeros, zeros[:, :2], zeros[:, :2], np.arange(10, 14), SHAPE.frequencies, scale=1.0
+            0, zeros, zeros[:, :2], zeros[:, :2], np.arange(10, 14), FREQUENCIES[0], scale=1.0
         )
         cache.rollback()
         assert (cache.total_tokens, cache.held_tokens()) == (10, 10)

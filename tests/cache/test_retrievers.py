@@ -31,7 +31,7 @@ def test_a_conversation(name: str, codec: str, head_size: int, rope_dims: int) -
     """Digests take what they say; a window stays hot, and less than a step more; the tokens' values are unharmed."""
     rng = np.random.default_rng(1)
     frequencies = (100.0 ** (-np.arange(rope_dims // 2) / rope_dims * 2)).astype(np.float32)
-    shape = CacheShape(1, 4, 2, head_size, 0.2, frequencies)
+    shape = CacheShape(1, 4, 2, head_size, 0.2)
     options = ArchiveOptions(codec, name, 16, 64, 128, 1, 0, 1 << 40)
     cache = KVCache(shape, CacheSettings(sinks=16, window=64), hot_tokens=80, archive=options)
     values = rng.normal(size=(700, 2, head_size)).astype(np.float32)

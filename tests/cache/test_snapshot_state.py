@@ -17,10 +17,8 @@ from satchel.cache.snapshots import RAW, Snapshot, SnapshotStore, SnapshotWriter
 from satchel.errors import SnapshotError, StorageError
 
 Array = NDArray[Any]
-SHAPE = CacheShape(
-    layers=2, heads=4, kv_heads=2, head_size=16, scale=0.25,
-    frequencies=(100.0 ** (-np.arange(8) / 8)).astype(np.float32),
-)  # fmt: skip
+FREQUENCIES = (100.0 ** (-np.arange(8) / 8)).astype(np.float32)
+SHAPE = CacheShape(layers=2, heads=4, kv_heads=2, head_size=16, scale=0.25)
 SETTINGS = CacheSettings(sinks=16, window=40, scorer="snapkv")
 SUBJECT = Subject("0123456789abcdef" * 4, "a model", {"any": "settings"}, ("document.txt",))
 ARCHIVE = ArchiveOptions(codec="mikv", retriever="landmark", sinks=16, window=40, recall_tokens=64, recall_every=4,
@@ -48,7 +46,7 @@ def read(cache: KVCache, tokens: int) -> Array:
     outs = []
     for layer in range(SHAPE.layers):
         q, k, v = (rng.normal(size=(tokens, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
-        outs.append(cache._native.attend(layer, q, k, v, places, SHAPE.frequencies, scale=SHAPE.scale))
+        outs.append(cache._native.attend(layer, q, k, v, places, FREQUENCIES, scale=SHAPE.scale))
     cache.commit(tokens)
     cache.demote()
     return np.stack(outs)
