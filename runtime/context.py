@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CacheFullError, KVCache
+from ..cache import CacheFullError
 from ..devices.machine import peak_rss_bytes
 from ..devices.planner import Plan
 from ..devices.reporting import Progress
 from ..devices.sizes import format_size
 from ..errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
-from .engine import Cancelled
+from .engines import Cancelled, ConversationCache
 from .repetition import goes_in_circles
 from .sampling import Sampler, SamplingOptions
 from .snapshots import DocumentSnapshots
@@ -63,7 +63,7 @@ class Context:
     Not for use by two threads at once, except `cancel`.
     """
 
-    def __init__(self, model: Model, cache: KVCache, plan: Plan, *, fresh: bool, has_system: bool) -> None:
+    def __init__(self, model: Model, cache: ConversationCache, plan: Plan, *, fresh: bool, has_system: bool) -> None:
         self._model = model
         self._cache = cache
         self.plan = plan

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import ArchiveOptions, CacheSettings, KVCache
+from ..cache import ArchiveOptions, CacheSettings
 from ..cache.retrievers import find_retriever
 from ..cache.scorers import scorer_names
 from ..devices.files.cache_folder import cache_folder, cold_folder
@@ -30,7 +30,7 @@ from ..export.resolve import resolve_model
 from .chat_template import ChatTemplate
 from .context import Context
 from .documents import read_documents
-from .engine import Engine
+from .engines import ConversationCache, Engine, open_engine
 from .memory import CODECS_OF_CHOICE, costs_of
 from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
@@ -124,13 +124,13 @@ class Model:
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
-        self._snapshots = snapshots
+        self._engine: Engine | None = open_engine(package, options.threads)
+        self._snapshots = snapshots if self._engine.saves else None
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
         tokens = package.manifest.tokenizer
         self._template = ChatTemplate(
             tokens.chat_template, bos_token=self._spelling(tokens.bos_id), eos_token=self._spelling(tokens.eos_id)
         )
-        self._engine: Engine | None = Engine(package, options.threads)
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()  # one that is dropped gives its memory back
         release_free_memory()
         self._used_bytes = resident_memory().total_bytes
@@ -159,6 +159,11 @@ class Model:
         return self._engine
 
     @property
+    def recalls(self) -> bool:
+        """Whether what leaves the hot tier is kept, and recalled when a question needs it."""
+        return self.options.recalls and self.engine.recalls
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token in a full cache of 16-bit floats."""
         return self._package.spec.kv_bytes_per_token
@@ -171,7 +176,7 @@ class Model:
     @property
     def longest_tokens(self) -> int:
         """The longest conversation: with policy ``auto`` beyond what the model was trained for (see `reach`)."""
-        return MOST_TOKENS if self.options.recalls else self.context_length
+        return MOST_TOKENS if self.recalls else self.context_length
 
     def read(
         self,
@@ -250,7 +255,7 @@ class Model:
             raise OptionError(f"a token id is outside the vocabulary of {vocab}")
         self._measure()
         self._has_run = True
-        cache = KVCache(self.engine.cache_shape, self.options.settings, hot_tokens=None, threads=self.options.threads)
+        cache = self.engine.new_cache(self.options.settings, hot_tokens=None)
         try:
             for first in range(0, len(ids), chunk):
                 row = self.engine.run(ids[first : first + chunk], cache)
@@ -262,6 +267,8 @@ class Model:
         """Closes every context and gives the weights back."""
         for context in list(self._contexts):
             context.close()
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         release_free_memory()
 
@@ -281,7 +288,7 @@ class Model:
         """A context was made (by `read` or by a fork)."""
         self._contexts.add(context)
 
-    def cancel_run(self, cache: KVCache) -> None:
+    def cancel_run(self, cache: ConversationCache) -> None:
         """Stops what the engine does for ``cache``; nothing to stop is no error, so that signal handlers may call."""
         if self._engine is not None:
             self._engine.cancel(cache)
@@ -312,12 +319,10 @@ class Model:
             )
         settings, archive, cache = self.settings_of(plan), self._archive_of(plan), None
         if self._snapshots is not None and len(ids) >= LEAST_TOKENS:
-            cache = self._snapshots.reopen(ids, self.engine.cache_shape, settings, plan, archive)
-        cache = cache or KVCache(
-            self.engine.cache_shape,
+            cache = self._snapshots.reopen(ids, self.engine, settings, plan, archive)
+        cache = cache or self.engine.new_cache(
             settings,
             hot_tokens=plan.hot_tokens,
-            threads=self.options.threads,
             limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=archive,
         )
@@ -330,7 +335,7 @@ class Model:
         settings = self.options.settings
         sinks = settings.sinks if plan.sinks is None else plan.sinks
         window = settings.window if plan.window is None else plan.window
-        if self.options.recalls:  # a whole cache that outgrows its memory has no window of a plan
+        if self.recalls:  # a whole cache that outgrows its memory has no window of a plan
             window = max(window, self._longest_window)
         hot = None if settings.hot_tokens is None else max(settings.hot_tokens, sinks + window)
         return replace(settings, sinks=sinks, window=window, hot_tokens=hot)
@@ -343,7 +348,7 @@ class Model:
 
     def _archive_of(self, plan: Plan) -> ArchiveOptions | None:
         """Where what leaves the hot tier goes. A whole cache has an archive too: for when it outgrows its memory."""
-        if not self.options.recalls:
+        if not self.recalls:
             return None
         settings, outgrown = self.settings_of(plan), plan.codec is None
         cold_bytes = self.disk_bytes if outgrown or plan.cold_bytes else 0
@@ -397,8 +402,8 @@ class Model:
             wishes=replace(self.options.wishes, least_window=self._longest_window),
             keep_everything=policy == "full",
             longest_tokens=self.context_length if longest_tokens is None else longest_tokens,
-            archive=self.options.recalls,
-            disk_bytes=self.disk_bytes if self.options.recalls else 0,
+            archive=self.recalls,
+            disk_bytes=self.disk_bytes if self.recalls else 0,
         )
 
     def _measure(self) -> None:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cache import ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
+from ..cache import ArchiveOptions, CacheFullError, CacheSettings
 from ..cache.snapshots import Match, Snapshot, SnapshotStore, Subject, settings_key
 from ..devices.files.cache_folder import cache_folder, snapshots_folder
 from ..devices.planner import Plan
 from ..devices.reporting import Notice
 from ..errors import OptionError, SnapshotError, StorageError
+from .engines import ConversationCache, Engine
 
 LEAST_TOKENS = 512  # fewer are read faster than they are looked for
 STATE_VERSION = 1  # of what the numbers in a snapshot mean; another version's are not opened
@@ -37,8 +38,8 @@ class DocumentSnapshots:
         self._notice = notice
 
     def reopen(
-        self, ids: Sequence[int], shape: CacheShape, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
-    ) -> KVCache | None:
+        self, ids: Sequence[int], engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
+    ) -> ConversationCache | None:
         """A cache that holds the first tokens of ``ids``, as many as any snapshot has; None when none helps."""
         held = _held(settings, plan, archive)
         truncates = plan.hot_tokens is None or archive is not None  # what a scorer dropped cannot come back
@@ -47,7 +48,7 @@ class DocumentSnapshots:
             return None
         try:
             with self._store.open(match.path, threads=self._threads) as snapshot:
-                return self._restored(match, snapshot, shape, settings, plan, archive)
+                return self._restored(match, snapshot, engine, settings, plan, archive)
         except CacheFullError:  # saved with more memory than there is now
             return None
         except (SnapshotError, OptionError) as error:  # an option out of range can only come from a foreign file
@@ -57,7 +58,7 @@ class DocumentSnapshots:
     def save(
         self,
         ids: Sequence[int],
-        cache: KVCache,
+        cache: ConversationCache,
         settings: CacheSettings,
         plan: Plan,
         archive: ArchiveOptions | None,
@@ -82,11 +83,11 @@ class DocumentSnapshots:
         self,
         match: Match,
         snapshot: Snapshot,
-        shape: CacheShape,
+        engine: Engine,
         settings: CacheSettings,
         plan: Plan,
         archive: ArchiveOptions | None,
-    ) -> KVCache:
+    ) -> ConversationCache:
         extra = match.entry.extra
         try:
             sinks = int(extra["sinks"])
@@ -96,12 +97,10 @@ class DocumentSnapshots:
             raise SnapshotError(f"it has {sinks} sinks of {match.tokens} tokens")
         # The first tokens lie as they were read; the window is this plan's, which has room for no other.
         hot_tokens = None if plan.hot_tokens is None else plan.hot_tokens - settings.sinks + sinks
-        cache = KVCache.restored(
-            shape,
-            replace(settings, sinks=sinks),
+        cache = engine.restored_cache(
             snapshot,
+            replace(settings, sinks=sinks),
             hot_tokens=hot_tokens,
-            threads=self._threads,
             limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=replace(archive, sinks=sinks) if archive else None,
         )

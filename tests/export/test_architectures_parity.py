@@ -25,7 +25,7 @@ from satchel.export.native import NativeFlavour
 from satchel.export.package import FileRecord, Manifest, Package, TokenizerSettings
 from satchel.export.sources import open_source
 from satchel.export.spec import ExpertSpec, ModelSpec, RopeSpec
-from satchel.runtime.engine import Engine
+from satchel.runtime.engines import NativeEngine
 
 torch = pytest.importorskip("torch", reason="needs the extra 'reference'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'reference'")
@@ -197,7 +197,7 @@ def export(source_path: Path, folder: Path, change: dict[str, Any] | None = None
 
 
 def our_logits(package: Package, ids: list[int]) -> Logits:
-    engine = Engine(package, threads=1)
+    engine = NativeEngine(package, threads=1)
     cache = KVCache(engine.cache_shape, CacheSettings(storage="fp32"), hot_tokens=None)
     try:
         rows = [engine.run(ids[first:end], cache) for first, end in zip((0, *ENDS), ENDS, strict=False)]

@@ -1,4 +1,4 @@
-"""One ONNX Runtime session over a package's graph: runs a chunk of tokens against a KV cache."""
+"""The native engine: one ONNX Runtime session over a package's graph, whose operators read and write our KV cache."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .. import kernels
-from ..cache import FULL_MESSAGE, CacheFullError, CacheShape, KVCache
-from ..errors import ModelError, SatchelError
-from ..export.package import Package
+from ... import kernels
+from ...cache import FULL_MESSAGE, ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
+from ...cache.snapshots import Snapshot
+from ...errors import ModelError
+from ...export.package import Package
+from .base import Cancelled, ConversationCache, Engine
 
 
-class Cancelled(SatchelError):
-    """A run was stopped by `Engine.cancel`; the cache is as it was before the run."""
+class NativeEngine(Engine):
+    """Packages of the native flavour."""
 
-
-class Engine:
-    """Runs the graph. One run at a time; `cancel` may be called from another thread."""
+    recalls = True
+    saves = True
 
     def __init__(self, package: Package, threads: int) -> None:
         self.package = package
@@ -44,14 +45,35 @@ class Engine:
                 f"{package.model_file} cannot be loaded ({_line(error)}); export the model again"
             ) from error
 
-    def run(self, ids: Sequence[int], cache: KVCache) -> NDArray[np.float32]:
-        """Appends ``ids`` to the conversation in ``cache``; logits float32 [vocab] after the last one.
+    def new_cache(
+        self,
+        settings: CacheSettings,
+        *,
+        hot_tokens: int | None,
+        limit_bytes: int = 0,
+        archive: ArchiveOptions | None = None,
+    ) -> KVCache:
+        return KVCache(
+            self.cache_shape, settings, hot_tokens=hot_tokens, threads=self.threads, limit_bytes=limit_bytes,
+            archive=archive,
+        )  # fmt: skip
 
-        Raises:
-            Cancelled: `cancel` was called meanwhile. The cache is unchanged, as after every error.
-            CacheFullError: the cache's byte limit is reached.
-            ModelError: the graph failed.
-        """
+    def restored_cache(
+        self,
+        snapshot: Snapshot,
+        settings: CacheSettings,
+        *,
+        hot_tokens: int | None,
+        limit_bytes: int = 0,
+        archive: ArchiveOptions | None = None,
+    ) -> KVCache:
+        return KVCache.restored(
+            self.cache_shape, settings, snapshot, hot_tokens=hot_tokens, threads=self.threads, limit_bytes=limit_bytes,
+            archive=archive,
+        )  # fmt: skip
+
+    def run(self, ids: Sequence[int], cache: ConversationCache) -> NDArray[np.float32]:
+        assert isinstance(cache, KVCache), "a cache of another engine"
         count = len(ids)
         feeds = {
             "input_ids": np.asarray(ids, dtype=np.int64),
@@ -80,8 +102,8 @@ class Engine:
         row: NDArray[np.float32] = logits[0]
         return row
 
-    def cancel(self, cache: KVCache | None = None) -> None:
-        """Stops the run that is under way, if there is one (and it is that of ``cache``), at the next operator."""
+    def cancel(self, cache: ConversationCache | None = None) -> None:
+        """At the next operator."""
         running = self._running
         if running is not None and cache in (None, running[0]):
             running[1].terminate = True
