@@ -31,13 +31,14 @@ NORM_OPERATORS = {
     "Mul": (0, 1), "SimplifiedLayerNormalization": (1,), "RMSNormalization": (1,),
     "SkipSimplifiedLayerNormalization": (2,),
 }  # fmt: skip
-# beside all whose name has "Quantize" in it
+# beside all whose name has "quantize" in it
 QUANTIZED = {
-    "ConvInteger", "GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "MatMulIntegerToFloat",
+    "ConvInteger", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "MatMulIntegerToFloat",
     "MatMulNBits", "QAttention", "QGemm", "QLinearMatMul", "QMoE",
 }  # fmt: skip
 MODULE = re.compile(r"[a-z0-9_.]+")
 VECTOR = re.compile(r"(.*\.)?(norm\.weight|layers\.\d+\.[a-z0-9_.]+\.(weight|bias))")
+MERGED = re.compile(r"_merged_\d+$")  # what Optimum adds to the names in a graph of two
 EMBEDDING = re.compile(r"(.*\.)?embed_tokens\.weight")
 MAX_FILES = 64
 MAX_STEPS = 8  # between a weight and its use: casts and transpositions
@@ -136,8 +137,9 @@ class OptimumGraph:
                 self._put(name, use)
         for scope in scopes:
             for name, use in scope.names():
-                if VECTOR.fullmatch(name) and len(use.tensor.shape) == 1:
-                    self._uses.setdefault(name, use)
+                plain = MERGED.sub("", name)
+                if VECTOR.fullmatch(plain) and len(use.tensor.shape) == 1:
+                    self._uses.setdefault(plain, use)
         if not any(EMBEDDING.fullmatch(name) for name in self._uses):
             raise ModelError(
                 f"{self.path} has no embedding of tokens under the names that Optimum gives "
@@ -159,7 +161,7 @@ class OptimumGraph:
                 "--task text-generation-with-past"
             )
         operators = {node.operator for scope in _scopes(Scope(self._graph)) for node in scope.graph.nodes}
-        quantized = sorted(operator for operator in operators if operator in QUANTIZED or "Quantize" in operator)
+        quantized = sorted(operator for operator in operators if operator in QUANTIZED or "quantize" in operator.lower())
         if quantized:
             raise ModelError(
                 f"{self.path} has quantized weights ({', '.join(quantized)[:100]}), which are not read; give the "
