@@ -58,6 +58,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3-fp16": ("gemma3_text", {**GEMMA, "layer_types": LAYERS}, {"dtype": "fp16"}),
     "gemma3-alike": ("gemma3_text", {**GEMMA, "layer_types": LAYERS}, {"do_constant_folding": False}),
     "gemma3-unfolded": ("gemma3_text", {**GEMMA, "layer_types": LAYERS}, {"do_constant_folding": False}),
+    "gemma2": ("gemma2", {**GEMMA, "num_hidden_layers": 2}, {}),
     "phi3": ("phi3", {"sliding_window": None, "tie_word_embeddings": False}, {}),
     "smollm3": ("smollm3", {"use_sliding_window": False, "num_hidden_layers": 4}, {}),
     "granite": ("granite", {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "logits_scaling": 3.0,
@@ -78,7 +79,7 @@ def save_model(folder: Path, kind: str, more: dict[str, Any], spread: int) -> No
     from tiny_folders import CHAT_TEMPLATE, tiny_tokenizer, write_json
 
     config = transformers.AutoConfig.for_model(kind, **{**SMALL, **more})
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     rng = np.random.default_rng(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -98,6 +98,7 @@ class ModelFolder:
         try:
             found = sorted(path.name for path in self.path.glob("*.safetensors"))
             graphs = sorted(path.name for path in self.path.glob("*.onnx"))
+            below = sorted(path.name for path in (self.path / "onnx").glob("*.onnx"))
             pickles = sorted(path.name for pattern in PICKLES for path in self.path.glob(pattern))
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read ({error.strerror}); check its permissions") from None
@@ -110,6 +111,11 @@ class ModelFolder:
             )
         if graphs:
             return [self._graph(graphs)], {}
+        if below:
+            raise ModelError(
+                f"{self.path} has its weights in the folder 'onnx' ({below[0][:100]!r}); put config.json and "
+                "tokenizer.json beside them, and give that folder"
+            )
         if pickles:
             raise ModelError(
                 f"{self.path} has its weights only as pickle files ({pickles[0]!r}), which can run code and are not "

@@ -19,6 +19,7 @@ MAX_DIMENSIONS = 8
 MAX_EXTENT = 1 << 44
 # ONNX' number of a type -> (GGML's name of the types we read, bytes per element)
 TYPES = {1: ("F32", 4), 10: ("F16", 2), 16: ("BF16", 2)}
+_NONE: Mapping[str, list[float]] = {}
 _ATTRIBUTES = ("transA", "transB", "perm", "alpha")
 
 
@@ -47,16 +48,16 @@ class Initializer:
         return math.prod(self.shape) * TYPES[self.data_type][1]
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Node:
     """One operation, with those of its attributes that matter for weights."""
 
-    operator: str = ""
-    name: str = ""
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
-    attributes: dict[str, list[float]] = field(default_factory=dict)
-    graphs: list[Graph] = field(default_factory=list)
+    operator: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, list[float]]
+    graphs: tuple[Graph, ...]
 
 
 @dataclass
@@ -101,35 +102,46 @@ def _graph(proto: ProtoFile, at: Field, depth: int) -> Graph:
 
 
 def _node(proto: ProtoFile, at: Field, depth: int) -> Node:
-    node = Node()
+    operator = name = ""
+    inputs: list[str] = []
+    outputs: list[str] = []
+    attributes: list[Field] = []
     for entry in proto.message(at):
         if entry.number == 1:
-            node.inputs.append(proto.text(entry))
+            inputs.append(proto.text(entry))
         elif entry.number == 2:
-            node.outputs.append(proto.text(entry))
+            outputs.append(proto.text(entry))
         elif entry.number == 3:
-            node.name = proto.text(entry)
-        elif entry.number == 4:
-            node.operator = proto.text(entry)
-        elif entry.number == 5:
-            _attribute(proto, entry, node, depth)
-    return node
-
-
-def _attribute(proto: ProtoFile, at: Field, node: Node, depth: int) -> None:
-    name, values = "", []
-    for entry in proto.message(at):
-        if entry.number == 1:
             name = proto.text(entry)
-        elif entry.number in (2, 3, 8):  # a number, an integer, integers
-            values.append(entry)
-        elif entry.number in (6, 11):
-            node.graphs.append(_graph(proto, entry, depth + 1))
-    if name in _ATTRIBUTES:
-        found: list[float] = []
-        for entry in values[:MAX_DIMENSIONS]:
-            found += [proto.number(entry)] if entry.number == 2 else proto.integers(entry, MAX_DIMENSIONS)
-        node.attributes[name] = found
+        elif entry.number == 4:
+            operator = proto.text(entry)
+        elif entry.number == 5:
+            attributes.append(entry)
+    values, graphs = _attributes(proto, attributes, depth) if attributes else (_NONE, ())
+    return Node(operator, name, tuple(inputs), tuple(outputs), values, graphs)
+
+
+def _attributes(
+    proto: ProtoFile, fields: list[Field], depth: int
+) -> tuple[Mapping[str, list[float]], tuple[Graph, ...]]:
+    """(what the attributes in `_ATTRIBUTES` are, all graphs)"""
+    found: dict[str, list[float]] = {}
+    graphs: list[Graph] = []
+    for at in fields:
+        name, values = "", []
+        for entry in proto.message(at):
+            if entry.number == 1:
+                name = proto.text(entry)
+            elif entry.number in (2, 3, 8):  # a number, an integer, integers
+                values.append(entry)
+            elif entry.number in (6, 11):
+                graphs.append(_graph(proto, entry, depth + 1))
+        if name in _ATTRIBUTES:
+            found[name] = []
+            for entry in values[:MAX_DIMENSIONS]:
+                one = entry.number == 2
+                found[name] += [proto.number(entry)] if one else proto.integers(entry, MAX_DIMENSIONS)
+    return found or _NONE, tuple(graphs)
 
 
 def _initializer(proto: ProtoFile, at: Field) -> Initializer:

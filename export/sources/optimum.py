@@ -14,15 +14,14 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from io import FileIO
 from itertools import takewhile
 
 from ...errors import ModelError
 from .base import FileTensor, SourceTensor
 from .folder import ModelFolder
-from .onnx_graph import Graph, Initializer, Node, read_graph
+from .onnx_graph import Initializer, Node, read_graph
+from .onnx_scope import Scope, Use, all_scopes
 from .views import BandReader, TransposedTensor, shifted_tensor
 
 MATRIX_OPERATORS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
@@ -41,63 +40,6 @@ VECTOR = re.compile(r"(.*\.)?(norm\.weight|layers\.\d+\.[a-z0-9_.]+\.(weight|bia
 MERGED = re.compile(r"_merged_\d+$")  # what Optimum adds to the names in a graph of two
 EMBEDDING = re.compile(r"(.*\.)?embed_tokens\.weight")
 MAX_FILES = 64
-MAX_STEPS = 8  # between a weight and its use: casts and transpositions
-
-
-@dataclass(frozen=True)
-class Use:
-    """An initializer in its place. ``whole``: a norm's weight that activations are multiplied with as it is, so that
-    Gemma's 1 is in it already.
-    """
-
-    tensor: Initializer
-    transposed: bool = False
-    whole: bool = False
-
-
-class Scope:
-    """What the values of a graph are: those of the graphs around it are known, too."""
-
-    def __init__(self, graph: Graph, outer: Scope | None = None) -> None:
-        self.graph = graph
-        self._outer = outer
-        self._steps = {
-            node.outputs[0]: node for node in graph.nodes
-            if node.operator in ("Identity", "Cast", "Transpose") and node.outputs and node.inputs
-        }  # fmt: skip
-
-    def find(self, value: str) -> Use | None:
-        """The initializer that ``value`` is, perhaps transposed."""
-        transposed = False
-        for _ in range(MAX_STEPS):
-            tensor, node = self._lookup(value)
-            if tensor is not None:
-                return Use(tensor, transposed)
-            if node is None:
-                return None
-            if node.operator == "Transpose":
-                perm = node.attributes.get("perm", [1, 0])
-                if sorted(perm) != [0, 1]:
-                    return None
-                transposed ^= perm == [1, 0]
-            value = node.inputs[0]
-        return None
-
-    def _lookup(self, value: str) -> tuple[Initializer | None, Node | None]:
-        scope: Scope | None = self
-        while scope is not None:
-            tensor, node = scope.graph.initializers.get(value), scope._steps.get(value)
-            if tensor is not None or node is not None:
-                return tensor, node
-            scope = scope._outer
-        return None, None
-
-    def names(self) -> Iterator[tuple[str, Use]]:
-        """Every name of an initializer: copies of equal ones are ``Identity`` of a single one."""
-        for name in [*self.graph.initializers, *self._steps]:
-            use = self.find(name)
-            if use is not None and not use.transposed:
-                yield name, use
 
 
 class OptimumGraph:
@@ -128,7 +70,7 @@ class OptimumGraph:
             ModelError: the graph is not a decoder's, its weights are quantized, or lie where they cannot be.
         """
         self._check_kind()
-        scopes = list(_scopes(Scope(self._graph)))
+        scopes = list(all_scopes(Scope(self._graph)))
         for scope in scopes:
             for node in scope.graph.nodes:
                 self._look_at(node, scope)
@@ -160,8 +102,8 @@ class OptimumGraph:
                 "not from input_ids to logits); export the model with: optimum-cli export onnx "
                 "--task text-generation-with-past"
             )
-        operators = {node.operator for scope in _scopes(Scope(self._graph)) for node in scope.graph.nodes}
-        quantized = sorted(operator for operator in operators if operator in QUANTIZED or "quantize" in operator.lower())
+        operators = {node.operator for scope in all_scopes(Scope(self._graph)) for node in scope.graph.nodes}
+        quantized = sorted(name for name in operators if name in QUANTIZED or "quantize" in name.lower())
         if quantized:
             raise ModelError(
                 f"{self.path} has quantized weights ({', '.join(quantized)[:100]}), which are not read; give the "
@@ -266,14 +208,6 @@ class OptimumGraph:
                 )
             self.files[name] = self._stack.enter_context(self._folder.open(name))
         return self.files[name]
-
-
-def _scopes(scope: Scope) -> Iterator[Scope]:
-    """``scope`` and those within."""
-    yield scope
-    for node in scope.graph.nodes:
-        for graph in node.graphs:
-            yield from _scopes(Scope(graph, scope))
 
 
 def _module(name: str) -> str:

@@ -2,7 +2,7 @@
 
 An ONNX graph may carry two gigabytes of weights within; the ``onnx`` package would hold them all to name one. Here
 a message is a range of bytes, and what nobody asks for is stepped over. Every length is checked against the message
-that it is in, and the number of fields is bounded, so that a crafted file costs seconds at worst.
+that it is in, and the number of fields is bounded, so that a crafted file costs half a minute at worst.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ...errors import ModelError
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-MAX_FIELDS = 4_000_000  # the graph of a model of 64 layers, in both its branches, has some 400,000
+MAX_FIELDS = 4_000_000  # 64 layers of Gemma have 160,000; 48 layers of 128 experts 3,300,000
 MAX_TEXT = 4096
 WINDOW_BYTES = 1 << 16
 

@@ -179,7 +179,7 @@ def test_the_graph_is_read_as_the_onnx_package_reads_it(external: bool, merged: 
         assert len(mine.nodes) == len(theirs.node)
         for node, other in zip(mine.nodes, theirs.node, strict=True):
             assert (node.operator, node.name) == (other.op_type, other.name)
-            assert (node.inputs, node.outputs) == (list(other.input), list(other.output))
+            assert (node.inputs, node.outputs) == (tuple(other.input), tuple(other.output))
             values = {item.name: helper.get_attribute_value(item) for item in other.attribute}
             assert node.attributes.get("perm") == values.get("perm")
             graphs = [value for value in values.values() if isinstance(value, onnx.GraphProto)]

@@ -205,6 +205,12 @@ def two_graphs(folder: Path) -> None:
     (folder / "model.onnx").unlink()
 
 
+def in_a_folder(folder: Path) -> None:
+    """As on the hub, where the graph lies below the config."""
+    (folder / "onnx").mkdir()
+    (folder / "model.onnx").rename(folder / "onnx" / "model.onnx")
+
+
 # what is done to a folder with external data -> what the message says
 HOSTILE: dict[str, tuple[Damage, str]] = {
     # where the data lie
@@ -253,6 +259,7 @@ HOSTILE: dict[str, tuple[Damage, str]] = {
     "names of bytes": (raw(b"\x3a\x06\x0a\x04\x1a\x02\xff\xfe"), "is not UTF-8"),
     "graphs in graphs": (graph(nested), "nested more than 8 deep"),
     "graphs of a model of several": (two_graphs, r"has 'a\.onnx', 'b\.onnx', and none of them is model\.onnx"),
+    "graph in a folder below": (in_a_folder, r"has its weights in the folder 'onnx' \('model.onnx'\); put config.json"),
     # shapes and types
     "shape for another size": (dims(64, 97), r"of shape \[64, 97\] takes 24832 bytes but has 24576"),
     "shape turned": (dims(96, 64), r"blk\.1\.ffn_up\.weight has the shape \[64, 96\], its metadata says \[96, 64\]"),
