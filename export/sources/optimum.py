@@ -123,13 +123,13 @@ class OptimumGraph:
             name = next(filter(EMBEDDING.fullmatch, (f"{module}.weight", used[0].tensor.name)), None)
             if name is not None:
                 self._put(name, used[0])
-        elif node.operator == "Add" and module:
-            self._biases += [(f"{module}.bias", use) for use in used if use is not None and len(use.tensor.shape) == 1]
-        elif "norm" in module.rpartition(".")[2]:
+        elif "norm" in module.rpartition(".")[2]:  # what is added there is an epsilon, or Gemma's 1
             for index in NORM_OPERATORS.get(node.operator, ()):
                 use = used[index] if index < len(used) else None
                 if use is not None and len(use.tensor.shape) == 1:
                     self._put(f"{module}.weight", Use(use.tensor, whole=True))
+        elif node.operator == "Add" and module:
+            self._biases += [(f"{module}.bias", use) for use in used if use is not None and len(use.tensor.shape) == 1]
 
     def _look_at_matrix(self, node: Node, module: str, use: Use | None) -> None:
         """``node`` multiplies with ``use``; [in, out] unless something turns it."""

@@ -208,6 +208,8 @@ def test_numbers_in_other_forms(tmp_path: Path) -> None:
         if node.name == "/model/layers.1/input_layernorm/Mul_1":
             node.op_type, node.name = "SimplifiedLayerNormalization", f"{node.name}/SimplifiedLayerNormFusion/"
             node.input[:] = [node.input[1], node.input[0]]
+    model.graph.initializer.append(helper.make_tensor("epsilon", 1, [1], [1e-6]))
+    model.graph.node.append(helper.make_node("Add", ["x", "epsilon"], ["y"], name="/model/norm/Add"))
     added = next(node for node in model.graph.node if node.name == "/model/layers.0/self_attn/q_proj/Add")
     model.graph.node.remove(added)
     save_graph(folder, model)
