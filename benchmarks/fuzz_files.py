@@ -338,16 +338,24 @@ def tokenizer_target(folder: Path) -> Target:
 
 
 def folder_target(folder: Path) -> Target:
-    """A Hugging Face folder with one of its records changed, or the header of a shard. A seed is which (u8), and it."""
+    """A Hugging Face folder with one of its records changed, or the header of a shard, or Optimum's graph. A seed is
+    which (u8), and it.
+    """
     sys.path.insert(0, HELPERS)
     from satchel.export.architectures import read_model
     from satchel.export.ready_tokenizer import ReadyTokenizer
     from satchel.export.sources import open_source
     from tiny_folders import write_tiny_folder
+    from tiny_onnx import write_optimum_folder
 
-    model = write_tiny_folder(folder / "model", shards=2)
-    whole = {path: path.read_bytes() for path in sorted(model.iterdir())}
-    paths = list(whole)
+    models = [
+        write_tiny_folder(folder / "model", shards=2),
+        write_optimum_folder(folder / "onnx", "qwen2", external=True),
+        write_optimum_folder(folder / "merged", external=True, merged=True),
+    ]
+    whole = {path: path.read_bytes() for model in models for path in sorted(model.iterdir())}
+    # of the other two only the graphs are something else; their data are nothing but weights
+    paths = [path for path in whole if path.parent == models[0] or path.suffix == ".onnx"]
 
     def header(data: bytes) -> bytes:
         return data[8 : 8 + int.from_bytes(data[:8], "little")]
@@ -360,8 +368,10 @@ def folder_target(folder: Path) -> Target:
             record = len(record).to_bytes(8, "little") + record + whole[path][8 + len(old) :]
         path.write_bytes(record)
         try:
-            with open_source(model) as source:
+            with open_source(path.parent) as source:
                 attempt(lambda: read_model(source))
+                if path.suffix == ".onnx":  # where a matrix lies, and how
+                    attempt(lambda: [tensor.read_rows(0, min(tensor.rows, 2)) for tensor in source.tensors.values()])
                 tokenizer = source.tokenizer
                 assert tokenizer is not None
                 ReadyTokenizer(tokenizer, 300)
@@ -372,7 +382,12 @@ def folder_target(folder: Path) -> Target:
         bytes([index]) + (header(whole[path]) if path.suffix == ".safetensors" else whole[path])
         for index, path in enumerate(paths)
     ]
-    return Target(seeds, lambda rng, seed: seed[:1] + mutate_json(rng, seed[1:]), run, weight=1)
+
+    def mutate(rng: random.Random, seed: bytes) -> bytes:
+        kind = mutate_bytes if paths[seed[0]].suffix == ".onnx" else mutate_json
+        return seed[:1] + kind(rng, seed[1:])
+
+    return Target(seeds, mutate, run, weight=1)
 
 
 def tiny_package(folder: Path) -> Path:

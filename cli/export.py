@@ -65,10 +65,11 @@ Examples:
 def command(ctx: click.Context, source: str, out: Path, bits: str, form: str, flavour: str, kv: dict[str, str]) -> None:
     """Export SOURCE into the package folder OUT, or into the GGUF file OUT, and print its path.
 
-    SOURCE is a .gguf file (of a split one the first part), a Hugging Face folder (config.json with safetensors), a
-    name from 'satchel models', or a name on the Hugging Face hub (org/name). A model that is used by its name or path
-    is exported by itself, once, into the cache folder: this command is for a package in a place of your choice, or
-    for llama.cpp. An older package or .gguf file in OUT is replaced, anything else there is left alone.
+    SOURCE is a .gguf file (of a split one the first part), a Hugging Face folder (config.json with safetensors,
+    or with the ONNX graph that Optimum exported), a name from 'satchel models', or a name on the Hugging Face hub
+    (org/name). A model that is used by its name or path is exported by itself, once, into the cache folder: this
+    command is for a package in a place of your choice, or for llama.cpp. An older package or .gguf file in OUT is
+    replaced, anything else there is left alone.
     """
     settings = _settings(ctx, out, form, kv)
     with progress_bar("bytes") as progress:

@@ -99,7 +99,7 @@ disk_option = click.option(
 _MODEL_OPTIONS = (
     click.option("-m", "--model", metavar="NAME|PATH", default=DEFAULT_MODEL, show_default=True,
                  help="A name that 'satchel models' lists, a .gguf file, a folder made by 'satchel export', a model "
-                      "folder from Hugging Face (safetensors), or org/name there."),
+                      "folder from Hugging Face (safetensors, or Optimum's ONNX), or org/name there."),
     click.option("--memory", metavar="SIZE", callback=size,
                  help="Limit of the whole process, such as 800MB, 1.2GB or 2GiB.  [default: what is free, less "
                       "a margin]"),

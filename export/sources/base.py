@@ -78,9 +78,26 @@ class FileTensor(SourceTensor):
     def read_rows(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         count = stop - start
         buffer = np.empty(count * self.row_bytes, dtype=np.uint8)
-        view = buffer.data
+        self._fill(buffer.data, start * self.row_bytes)
+        return buffer.reshape(count, self.row_bytes)
+
+    def read_columns(self, first: int, into: npt.NDArray[Any]) -> None:
+        """Columns of all rows from ``first`` on into [rows, n], of any type with as many bytes as an element here.
+
+        Raises:
+            ModelError: the file ends early or cannot be read.
+        """
+        view = into.reshape(-1).view(np.uint8).data
+        step = len(view) // self.rows
+        if step == self.row_bytes:  # whole rows are one piece
+            self._fill(view, 0)
+            return
+        for row in range(self.rows):
+            self._fill(view[row * step : (row + 1) * step], row * self.row_bytes + first * into.itemsize)
+
+    def _fill(self, view: memoryview, at: int) -> None:
         try:
-            self.file.seek(self.offset + start * self.row_bytes)
+            self.file.seek(self.offset + at)
             done = 0
             while done < len(view):
                 got = self.file.readinto(view[done:])
@@ -89,7 +106,6 @@ class FileTensor(SourceTensor):
                 done += got
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read ({error.strerror}) at tensor {self.name}") from None
-        return buffer.reshape(count, self.row_bytes)
 
 
 @dataclass(frozen=True)

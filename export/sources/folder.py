@@ -18,6 +18,8 @@ from typing import Any
 from ...errors import ModelError
 
 MAX_CONFIG_BYTES = 16 << 20  # real ones have some kilobytes; an index of a very large model 5 MB
+# what Optimum calls a decoder; of several the one that is sure to have all weights
+GRAPHS = ("model.onnx", "decoder_model_merged.onnx", "decoder_with_past_model.onnx", "decoder_model.onnx")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -87,7 +89,7 @@ class ModelFolder:
         return parse_record(self.read(name), self.path / name)
 
     def weight_files(self) -> tuple[list[str], dict[str, str]]:
-        """(names of the safetensors files, tensor name -> file where an index says so)."""
+        """(names of the safetensors files, or of one ONNX graph; tensor name -> file where an index says so)."""
         index = "model.safetensors.index.json"
         if self.find("model.safetensors") is not None:
             return ["model.safetensors"], {}
@@ -96,6 +98,7 @@ class ModelFolder:
         try:
             found = sorted(path.name for path in self.path.glob("*.safetensors"))
             graphs = sorted(path.name for path in self.path.glob("*.onnx"))
+            below = sorted(path.name for path in (self.path / "onnx").glob("*.onnx"))
             pickles = sorted(path.name for pattern in PICKLES for path in self.path.glob(pattern))
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read ({error.strerror}); check its permissions") from None
@@ -107,9 +110,11 @@ class ModelFolder:
                 "download the whole model folder (adapters must be merged into their model first)"
             )
         if graphs:
+            return [self._graph(graphs)], {}
+        if below:
             raise ModelError(
-                f"{self.path} has its weights in an ONNX graph ({graphs[0]!r}), which is not read; give the folder "
-                "that it was exported from (safetensors)"
+                f"{self.path} has its weights in the folder 'onnx' ({below[0][:100]!r}); put config.json and "
+                "tokenizer.json beside them, and give that folder"
             )
         if pickles:
             raise ModelError(
@@ -118,6 +123,16 @@ class ModelFolder:
                 ".save_pretrained(NEW_FOLDER, safe_serialization=True)"
             )
         raise ModelError(f"{self.path} has no weights (model.safetensors); download the whole model folder")
+
+    def _graph(self, found: list[str]) -> str:
+        """The graph with the weights, of those that Optimum writes into one folder."""
+        name = next((name for name in GRAPHS if name in found), found[0])
+        if name not in GRAPHS and len(found) > 1:
+            raise ModelError(
+                f"{self.path} has {', '.join(map(repr, found[:3]))}, and none of them is {GRAPHS[0]}; "
+                "leave only the one to read, unquantized"
+            )
+        return name
 
     def _indexed(self, index: str) -> tuple[list[str], dict[str, str]]:
         where = self.path / index

@@ -53,14 +53,14 @@ class TensorNames:
     norm_shift: float = 0.0
     tied: bool | None = None  # an output matrix in the file is the embedding again; None: the config does not say
 
-    def translate(self, tensors: Mapping[str, FileTensor], path: Path) -> dict[str, SourceTensor]:
+    def translate(self, tensors: Mapping[str, SourceTensor], path: Path) -> dict[str, SourceTensor]:
         """GGUF name -> tensor. A tensor without a GGUF name keeps its own: the architecture will refuse it.
 
         Raises:
             ModelError: two tensors have the same place, or an expert is missing.
         """
         found: dict[str, SourceTensor] = {}
-        experts: dict[str, dict[int, FileTensor]] = {}
+        experts: dict[str, dict[int, SourceTensor]] = {}
         for name, tensor in tensors.items():
             plain = PREFIX.sub("", name)
             if IGNORED.fullmatch(name) or (self.tied and plain == "lm_head.weight"):
@@ -85,9 +85,9 @@ class TensorNames:
             found[place] = _stack(place, parts, path)
         return found
 
-    def _views(self, name: str, plain: str, tensor: FileTensor) -> Iterator[tuple[str, SourceTensor]]:
+    def _views(self, name: str, plain: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
         fused = FUSED_EXPERTS.fullmatch(plain)
-        if fused and len(tensor.shape) == 3 and tensor.size:
+        if fused and len(tensor.shape) == 3 and tensor.size and isinstance(tensor, FileTensor):
             yield from _split_experts(f"blk.{fused[1]}.", fused[2], tensor)
             return
         ours = self._name(plain) or name
@@ -104,7 +104,7 @@ class TensorNames:
         return None if part is None else f"blk.{match[1]}.{part}.{match[3]}"
 
 
-def _stack(place: str, parts: Mapping[int, FileTensor], path: Path) -> SourceTensor:
+def _stack(place: str, parts: Mapping[int, SourceTensor], path: Path) -> SourceTensor:
     missing = next((index for index in range(len(parts)) if index not in parts), None)
     if missing is not None:
         raise ModelError(f"{path} lacks expert {missing} of {place}; download the whole model")

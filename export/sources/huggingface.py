@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as a source: config.json, one or many safetensors files, a tokenizer.
+"""A Hugging Face model folder as a source: config.json, a tokenizer, and weights in safetensors or an ONNX graph.
 
 Read without ``torch`` and ``transformers``, tensor by tensor with plain file reads; no code from the folder is
 run, ever (``auto_map`` in a config is not looked at). Weights in float32, float16 and bfloat16.
@@ -7,6 +7,7 @@ run, ever (``auto_map`` in a config is not looked at). Weights in float32, float
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .base import FileTensor, Source, SourceTensor, TokenizerFiles
 from .folder import ModelFolder
 from .hf_config import Translation, translate_config
 from .hf_record import Record
+from .optimum import OptimumGraph
 from .safetensors import read_safetensors
 from .views import memory_tensor
 
@@ -44,11 +46,18 @@ def open_huggingface(path: Path) -> Source:
     translation = translate_config(Record(values, path / CONFIG_FILE), folder.name)
     names, places = folder.weight_files()
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(folder.open(name)) for name in names]
-        tensors = _tensors(folder, names, files, places, translation)
+        found: Mapping[str, SourceTensor]
+        if names[0].endswith(".onnx"):
+            graph = OptimumGraph(folder, names[0], stack)
+            found = graph.tensors(translation.names.norm_shift)
+            names, files = list(graph.files), list(graph.files.values())
+        else:
+            files = [stack.enter_context(folder.open(name)) for name in names]
+            found = _safetensors(folder, names, files, places)
+        tensors = _translated(folder, found, translation)
         index = ["model.safetensors.index.json"] if places else []
-        found = [CONFIG_FILE, *TOKENIZER_FILES, *index, *names]
-        paths = [file for name in found if (file := folder.find(name)) is not None]
+        every = [CONFIG_FILE, *TOKENIZER_FILES, *index, *names]
+        paths = [file for name in every if (file := folder.find(name)) is not None]
         source = Source(
             path, folder.name, paths, files, translation.metadata, tensors, tokenizer=_tokenizer(folder, values)
         )
@@ -65,9 +74,10 @@ def _no_model(path: Path) -> ModelError:
     )
 
 
-def _tensors(
-    folder: ModelFolder, names: list[str], files: list[FileIO], places: dict[str, str], translation: Translation
-) -> dict[str, SourceTensor]:
+def _safetensors(
+    folder: ModelFolder, names: list[str], files: list[FileIO], places: dict[str, str]
+) -> dict[str, FileTensor]:
+    """Hugging Face name -> tensor."""
     found: dict[str, FileTensor] = {}
     for name, file in zip(names, files, strict=True):
         for tensor_name, tensor in read_safetensors(folder.path / name, file).items():
@@ -85,6 +95,13 @@ def _tensors(
         raise ModelError(
             f"{folder.path}: {places[lost]} has no tensor {lost[:100]!r}, which the index puts there; download it again"
         )
+    return found
+
+
+def _translated(
+    folder: ModelFolder, found: Mapping[str, SourceTensor], translation: Translation
+) -> dict[str, SourceTensor]:
+    """GGUF name -> tensor, of a type that can be read."""
     tensors = translation.names.translate(found, folder.path)
     for ours, view in tensors.items():
         if not view.type_name:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..blocks import to_float
 from .base import FileTensor, SourceTensor
+
+BAND_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,10 @@ class ShiftedTensor(SourceTensor):
         return shifted.view(np.uint8)
 
 
-def shifted_tensor(inner: SourceTensor, shift: float) -> ShiftedTensor:
-    """``inner`` + ``shift`` in float32."""
+def shifted_tensor(inner: SourceTensor, shift: float) -> SourceTensor:
+    """``inner`` + ``shift`` in float32; of a shift and its opposite nothing is left, and nothing is rounded."""
+    if isinstance(inner, ShiftedTensor) and inner.shift == -shift:
+        return inner.inner
     size = 4 * inner.rows * inner.columns
     return ShiftedTensor(inner.name, "F32", inner.shape, size, inner.path, inner, shift)
 
@@ -77,6 +82,49 @@ def stacked_tensor(name: str, parts: Sequence[SourceTensor]) -> StackedTensor:
     first = parts[0]
     shape = (len(parts), *first.shape)
     return StackedTensor(name, first.type_name, shape, len(parts) * first.size, first.path, tuple(parts))
+
+
+class BandReader:
+    """Columns of matrices in files, as many at a time as BAND_BYTES allow; the last ones read are kept.
+
+    Whoever reads a matrix that lies transposed asks for a few columns at a time; each would be a read of some bytes
+    per row. One reader serves all matrices of a source, so that there is one band in memory, not one for each.
+    """
+
+    def __init__(self) -> None:
+        self._tensor: FileTensor | None = None
+        self._first = 0
+        self._band: npt.NDArray[Any] = np.empty((0, 0), np.uint8)
+
+    def columns(self, tensor: FileTensor, start: int) -> npt.NDArray[Any]:
+        """[rows, n] from column ``start`` on as unsigned integers of the elements' size; n ≥ 1 as there are."""
+        at = start - self._first
+        if tensor is not self._tensor or not 0 <= at < self._band.shape[1]:
+            self._tensor = None  # a failed read leaves no band
+            width = tensor.row_bytes // tensor.columns
+            count = min(tensor.columns - start, max(BAND_BYTES // (tensor.rows * width), 1))
+            band = np.empty((tensor.rows, count), f"<u{width}")
+            tensor.read_columns(start, band)
+            self._tensor, self._first, self._band, at = tensor, start, band, 0
+        return self._band[:, at:]
+
+
+@dataclass(frozen=True)
+class TransposedTensor(SourceTensor):
+    """A matrix [out, in] that lies in its file as [in, out]."""
+
+    inner: FileTensor
+    bands: BandReader
+
+    def read_rows(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        width = self.row_bytes // self.columns
+        out = np.empty((stop - start, self.columns), f"<u{width}")
+        at = start
+        while at < stop:
+            band = self.bands.columns(self.inner, at)[:, : stop - at]
+            out[at - start : at - start + band.shape[1]] = band.T
+            at += band.shape[1]
+        return out.view(np.uint8)
 
 
 def row_range(tensor: FileTensor, start: int, shape: tuple[int, ...]) -> FileTensor:

@@ -244,10 +244,6 @@ HOSTILE: dict[str, tuple[Damage, str]] = {
     "endless index": (index_of(b" " * ((16 << 20) + 1)), "has more than 16 MiB"),
     # other weights
     "pickles only": (pickled, r"only as pickle files \('pytorch_model\.bin'\), which can run code.*safe_serialization"),
-    "ONNX only": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "model.onnx"),
-        r"weights in an ONNX graph \('model\.onnx'\), which is not read",
-    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights \(model\.safetensors\)"),
     "adapter only": (only_adapter, "adapters must be merged"),
     "a GGUF in the folder": (only_gguf, r"give the path of its \.gguf file: .*m\.gguf"),
