@@ -316,6 +316,7 @@ class Context:
         before, row = self._cache.total_tokens, None
         if self._model.options.policy == "full":
             self._make_room(len(ids))  # refuses before anything is read
+        self._cache.mark()
         try:
             for first in range(0, len(ids), self.plan.chunk):
                 row = self.append(ids[first : first + self.plan.chunk])
@@ -323,6 +324,9 @@ class Context:
             if not self._cache.closed:
                 self._cache.forget_from(before)
             raise
+        finally:
+            if not self._cache.closed:
+                self._cache.release_mark()
         self._tell_of_loss()
         assert row is not None, "a turn has at least the template's tokens"
         return row

@@ -32,6 +32,7 @@ class Engine:
             kv_heads=spec.kv_heads,
             head_size=spec.head_size,
             scale=spec.attention_scale,
+            windows=spec.attention_windows if any(spec.attention_windows) else (),
         )
         self._lock = threading.Lock()
         self._running: tuple[KVCache, ort.RunOptions] | None = None
