@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import satchel
 from numpy.typing import NDArray
-from satchel.cache import KVCache
 from satchel.runtime import Model
 
 SAMPLES = Path(__file__).resolve().parents[1] / "docs" / "samples"
@@ -53,9 +52,7 @@ def windows_of(ids: Sequence[int], windows: int = WINDOWS, length: int = PREFIX 
 def our_logits(model: Model, window: Sequence[int], prefix: int = PREFIX) -> Logits:
     """float32 [len(window) - prefix + 1, vocab]: after the prefix, and after each further id, full cache."""
     engine = model.engine
-    cache = KVCache(
-        engine.cache_shape, model.options.settings, hot_tokens=None, threads=model.options.threads
-    )
+    cache = engine.new_cache(model.options.settings, hot_tokens=None)
     try:
         rows = [engine.run(window[:prefix], cache)]
         rows += [engine.run([index], cache) for index in window[prefix:]]

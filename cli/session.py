@@ -19,7 +19,7 @@ from ..errors import DocumentError
 from ..runtime import Answer, Context
 from ..runtime.documents import read_documents
 from ..runtime.documents.source import unreadable
-from ..runtime.engine import Cancelled
+from ..runtime.engines import Cancelled
 from .interrupts import PATIENCE_SECONDS, follow, run
 from .options import CommonOptions
 from .progress import ProgressBar, Unit, progress_bar

@@ -9,6 +9,7 @@ state.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,21 @@ def build_graph(
         )  # fmt: skip
     graph.logits(normed)
     return _model(graph, spec)
+
+
+def stretched_graph(model_file: Path, spec: ModelSpec) -> bytes:
+    """The graph in ``model_file`` with the rotary positions of ``spec`` in the layers that see everything."""
+    model = onnx.load(str(model_file), load_external_data=False)
+    name = "rope_frequencies.all"
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            tensor.CopyFrom(numpy_helper.from_array(rope_frequencies(spec.rope), name))
+    for node in model.graph.node:
+        if node.op_type == "CachedAttention" and name in node.input:
+            for attribute in node.attribute:
+                if attribute.name == "rope_attention_factor":
+                    attribute.f = spec.rope.attention_factor
+    return model.SerializeToString()
 
 
 def _model(graph: _Graph, spec: ModelSpec) -> onnx.ModelProto:

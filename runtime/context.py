@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CacheFullError, KVCache
+from ..cache import CacheFullError
 from ..devices.machine import peak_rss_bytes
 from ..devices.planner import Plan
 from ..devices.reporting import Progress
 from ..devices.sizes import format_size
 from ..errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
-from .engine import Cancelled
+from .engines import Cancelled, ConversationCache
 from .repetition import goes_in_circles
 from .sampling import Sampler, SamplingOptions
 from .snapshots import DocumentSnapshots
@@ -63,7 +63,7 @@ class Context:
     Not for use by two threads at once, except `cancel`.
     """
 
-    def __init__(self, model: Model, cache: KVCache, plan: Plan, *, fresh: bool, has_system: bool) -> None:
+    def __init__(self, model: Model, cache: ConversationCache, plan: Plan, *, fresh: bool, has_system: bool) -> None:
         self._model = model
         self._cache = cache
         self.plan = plan
@@ -194,7 +194,9 @@ class Context:
 
     def save(self, snapshots: DocumentSnapshots, ids: Sequence[int], names: Sequence[str]) -> None:
         """Saves what was read, ``ids``. For `Model.read`."""
-        snapshots.save(ids, self._cache, self._cache.settings, self.plan, self._cache.archive_options, names)
+        snapshots.save(
+            ids, self._model.engine, self._cache, self._cache.settings, self.plan, self._cache.archive_options, names
+        )  # fmt: skip
 
     def append(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs ``ids`` after what was read so far, pruning first where there is no room; the logits after the last.
@@ -316,7 +318,7 @@ class Context:
         before, row = self._cache.total_tokens, None
         if self._model.options.policy == "full":
             self._make_room(len(ids))  # refuses before anything is read
-        self._cache.mark()
+        self._model.engine.mark(self._cache)
         try:
             for first in range(0, len(ids), self.plan.chunk):
                 row = self.append(ids[first : first + self.plan.chunk])
@@ -326,7 +328,7 @@ class Context:
             raise
         finally:
             if not self._cache.closed:
-                self._cache.release_mark()
+                self._model.engine.release_mark(self._cache)
         self._tell_of_loss()
         assert row is not None, "a turn has at least the template's tokens"
         return row

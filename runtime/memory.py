@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from .. import kernels
 from ..cache import CacheSettings
@@ -36,30 +37,34 @@ def scratch_bytes_per_chunk_token(package: Package) -> int:
     return 4 * (4 * wide + 6 * hidden + 6 * heads) + 3 * wide
 
 
-def full_layers(spec: ModelSpec) -> int:
-    """How many layers see everything."""
-    return spec.attention_windows.count(0)
+def full_layers(spec: ModelSpec, windows: Sequence[int]) -> int:
+    """How many layers keep everything; ``windows`` as an engine has them."""
+    return spec.layers - sum(window > 0 for window in windows)
 
 
-def window_costs(spec: ModelSpec, storage: str) -> tuple[WindowCost, ...]:
+def window_costs(spec: ModelSpec, windows: Sequence[int], storage: str) -> tuple[WindowCost, ...]:
     """The other layers, those with the same window together."""
-    layers = Counter(window for window in spec.attention_windows if window)
+    layers = Counter(window for window in windows if window)
     head = spec.kv_heads * page_bytes(spec.head_size, storage)
     return tuple(WindowCost(window, count * head) for window, count in sorted(layers.items()))
 
 
-def archive_costs(package: Package, settings: CacheSettings) -> tuple[ArchiveCost, ...]:
+def archive_costs(
+    package: Package, settings: CacheSettings, windows: Sequence[int] = ()
+) -> tuple[ArchiveCost, ...]:  # fmt: skip
     """The codecs that a plan may use: the one that was asked for, or those of choice, the best first."""
     spec = package.spec
     names = (settings.codec,) if settings.codec else CODECS_OF_CHOICE
-    heads = full_layers(spec) * spec.kv_heads
+    heads = full_layers(spec, windows) * spec.kv_heads
     return tuple(ArchiveCost(name, heads * find_codec(name).bytes_per_token(spec.head_size)) for name in names)
 
 
-def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1) -> Costs:
-    """The planner's figures for one conversation with this model."""
+def costs_of(
+    package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1, windows: Sequence[int] = ()
+) -> Costs:  # fmt: skip
+    """The planner's figures for one conversation with this model; ``windows`` as its engine has them."""
     spec = package.spec
-    layers = full_layers(spec)
+    layers = full_layers(spec, windows)
     pages = layers * spec.kv_heads
     scorer = find_scorer(settings.scorer)
     return Costs(
@@ -72,8 +77,8 @@ def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, t
         observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
         scoring_bytes_per_token=scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size),
         digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
-        archive=archive_costs(package, settings),
+        archive=archive_costs(package, settings, windows),
         layers=max(layers, 1),
         threads=threads,
-        windows=window_costs(spec, settings.storage),
+        windows=window_costs(spec, windows, settings.storage),
     )

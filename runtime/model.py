@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import ArchiveOptions, CacheSettings, KVCache
+from ..cache import ArchiveOptions, CacheSettings
 from ..cache.retrievers import find_retriever
 from ..cache.scorers import scorer_names
 from ..devices.files.cache_folder import cache_folder, cold_folder
@@ -30,8 +30,8 @@ from ..export.resolve import resolve_model
 from .chat_template import ChatTemplate
 from .context import Context
 from .documents import read_documents
-from .engine import Engine
-from .memory import CODECS_OF_CHOICE, costs_of
+from .engines import ConversationCache, Engine, open_engine
+from .memory import CODECS_OF_CHOICE, costs_of, full_layers
 from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
 
@@ -41,6 +41,7 @@ ANSWER_ROOM = 1024  # tokens of questions and answers that a plan makes room for
 OUTGROWN_RECALL_TOKENS = 1024  # of a whole cache that outgrew its memory
 NAMED_POLICY_HOT_TOKENS = 2048  # of a policy asked for by name, without a budget of its own
 READ_CHUNK = 512
+DEFAULT_YARN_FACTOR, MOST_YARN_FACTOR = 4.0, 64.0
 BYTES_PER_TOKEN_OF_TEXT = 4  # on average, in English
 BYTES_PER_ID = 40  # of a token id in a Python list: pointer and number
 
@@ -124,13 +125,13 @@ class Model:
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
-        self._snapshots = snapshots
+        self._engine: Engine | None = open_engine(package, options.threads)
+        self._snapshots = snapshots if self._engine.saves else None
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
         tokens = package.manifest.tokenizer
         self._template = ChatTemplate(
             tokens.chat_template, bos_token=self._spelling(tokens.bos_id), eos_token=self._spelling(tokens.eos_id)
         )
-        self._engine: Engine | None = Engine(package, options.threads)
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()  # one that is dropped gives its memory back
         release_free_memory()
         self._used_bytes = resident_memory().total_bytes
@@ -159,6 +160,11 @@ class Model:
         return self._engine
 
     @property
+    def recalls(self) -> bool:
+        """Whether what leaves the hot tier is kept, and recalled when a question needs it."""
+        return self.options.recalls and self.engine.recalls
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token in a full cache of 16-bit floats."""
         return self._package.spec.kv_bytes_per_token
@@ -171,7 +177,7 @@ class Model:
     @property
     def longest_tokens(self) -> int:
         """The longest conversation: with policy ``auto`` beyond what the model was trained for (see `reach`)."""
-        return MOST_TOKENS if self.options.recalls else self.context_length
+        return MOST_TOKENS if self.recalls else self.context_length
 
     def read(
         self,
@@ -250,7 +256,7 @@ class Model:
             raise OptionError(f"a token id is outside the vocabulary of {vocab}")
         self._measure()
         self._has_run = True
-        cache = KVCache(self.engine.cache_shape, self.options.settings, hot_tokens=None, threads=self.options.threads)
+        cache = self.engine.new_cache(self.options.settings, hot_tokens=None)
         try:
             for first in range(0, len(ids), chunk):
                 row = self.engine.run(ids[first : first + chunk], cache)
@@ -262,6 +268,8 @@ class Model:
         """Closes every context and gives the weights back."""
         for context in list(self._contexts):
             context.close()
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         release_free_memory()
 
@@ -281,7 +289,7 @@ class Model:
         """A context was made (by `read` or by a fork)."""
         self._contexts.add(context)
 
-    def cancel_run(self, cache: KVCache) -> None:
+    def cancel_run(self, cache: ConversationCache) -> None:
         """Stops what the engine does for ``cache``; nothing to stop is no error, so that signal handlers may call."""
         if self._engine is not None:
             self._engine.cancel(cache)
@@ -312,12 +320,10 @@ class Model:
             )
         settings, archive, cache = self.settings_of(plan), self._archive_of(plan), None
         if self._snapshots is not None and len(ids) >= LEAST_TOKENS:
-            cache = self._snapshots.reopen(ids, self.engine.cache_shape, settings, plan, archive)
-        cache = cache or KVCache(
-            self.engine.cache_shape,
+            cache = self._snapshots.reopen(ids, self.engine, settings, plan, archive)
+        cache = cache or self.engine.new_cache(
             settings,
             hot_tokens=plan.hot_tokens,
-            threads=self.options.threads,
             limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=archive,
         )
@@ -335,7 +341,7 @@ class Model:
 
     def _archive_of(self, plan: Plan) -> ArchiveOptions | None:
         """Where what leaves the hot tier goes. A whole cache has an archive too: for when it outgrows its memory."""
-        if not self.options.recalls or not self.engine.cache_shape.full_layers:
+        if not self.recalls or not full_layers(self._package.spec, self.engine.windows):
             return None
         settings, outgrown = self.settings_of(plan), plan.codec is None
         cold_bytes = self.disk_bytes if outgrown or plan.cold_bytes else 0
@@ -380,7 +386,10 @@ class Model:
         others = sum(plan.kv_ram_bytes + plan.fork_bytes for plan in plans)
         settings, policy = self.options.settings, self.options.policy
         process_bytes = self._used_bytes + text_bytes + others
-        costs = costs_of(self._package, settings, process_bytes=process_bytes, threads=self.options.threads)
+        costs = costs_of(
+            self._package, settings, process_bytes=process_bytes, threads=self.options.threads,
+            windows=self.engine.windows,
+        )  # fmt: skip
         return make_plan(
             costs,
             self.options.memory_bytes,
@@ -389,8 +398,8 @@ class Model:
             wishes=self.options.wishes,
             keep_everything=policy == "full",
             longest_tokens=self.context_length if longest_tokens is None else longest_tokens,
-            archive=self.options.recalls,
-            disk_bytes=self.disk_bytes if self.options.recalls else 0,
+            archive=self.recalls,
+            disk_bytes=self.disk_bytes if self.recalls else 0,
         )
 
     def _measure(self) -> None:
@@ -398,6 +407,23 @@ class Model:
         if not self._has_run:
             release_free_memory()
             self._used_bytes = max(self._used_bytes, resident_memory().total_bytes)
+
+
+def parse_rope(text: str) -> float:
+    """The factor of YaRN in ``as-trained``, ``yarn`` or ``yarn:FACTOR``; 1 for none. Raises OptionError."""
+    name, colon, number = text.partition(":")
+    try:
+        factor = float(number) if colon else DEFAULT_YARN_FACTOR
+    except ValueError:
+        factor = 0.0
+    if text == "as-trained":
+        return 1.0
+    if name != "yarn" or not 1 < factor <= MOST_YARN_FACTOR:
+        raise OptionError(
+            f"rope {text!r} is not known; give as-trained, yarn, or yarn:FACTOR with a factor above 1, at most "
+            f"{MOST_YARN_FACTOR:g}"
+        )
+    return factor
 
 
 def load(
@@ -409,6 +435,7 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     disk: str | int | None = None,
+    rope: str = "as-trained",
     cache: bool = True,
     cache_limit: str | int | None = None,
     cache_dir: str | Path | None = None,
@@ -425,6 +452,8 @@ def load(
             ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``.
         threads: None: all cores that this process may use.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
+        rope: ``yarn`` or ``yarn:FACTOR`` (4 when left out) stretches the positions so that the model reads that many
+            times its trained context (YaRN, arXiv 2309.00071); ``as-trained`` leaves them.
         cache: whether to open and save snapshots of read documents: what was read once is not read twice.
         cache_limit: what all snapshots may take on disk; the least recently used go first. None: a tenth of the disk's
             free space, at most 20 GB.
@@ -437,11 +466,12 @@ def load(
         ModelError, DownloadError, StorageError: the model cannot be had.
     """
     limit = None if cache_limit is None else parse_size(cache_limit)
-    options = Options.check(memory, policy, kv, threads, device, disk)
+    options, yarn_factor = Options.check(memory, policy, kv, threads, device, disk), parse_rope(rope)
     tell = notice or log_notice
     package = resolve_model(
         model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell
     )
+    package = replace(package, yarn_factor=yarn_factor)
     folder = Path(cache_dir) if cache_dir else None
     snapshots = None
     if cache:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from .. import kernels
-from ..cache import KVCache
 from ..devices.files.cache_folder import cache_folder
 from ..devices.flash import flash_of
 from ..devices.machine import cpu_name
@@ -77,7 +76,7 @@ def work_of(model: Model) -> Work:
         weight_bytes=model.package.weight_bytes,
         pair_flop=4 * spec.layers * spec.heads * spec.head_size,
         pair_bytes=spec.layers * spec.kv_heads * page / kernels.PAGE_TOKENS,
-        kv_heads=full_layers(spec) * spec.kv_heads,
+        kv_heads=full_layers(spec, model.engine.windows) * spec.kv_heads,
         layers=spec.layers,
         windows=tuple(window for window in spec.attention_windows if window),
     )
@@ -128,8 +127,7 @@ def measure_rates(model: Model) -> Rates:
 
 def _time_runs(model: Model, runs: Sequence[list[int]]) -> list[float]:
     """Seconds of each of ``runs``, one after the other in an empty cache."""
-    options = model.options
-    cache = KVCache(model.engine.cache_shape, options.settings, hot_tokens=None, threads=options.threads)
+    cache = model.engine.new_cache(model.options.settings, hot_tokens=None)
     try:
         takes = []
         for ids in runs:
@@ -143,7 +141,7 @@ def _time_runs(model: Model, runs: Sequence[list[int]]) -> list[float]:
 
 def _attention_seconds(model: Model, queries: int) -> float:
     """Seconds that ``queries`` tokens at once take for each further token that they attend to, in all layers."""
-    shape = model.engine.cache_shape
+    shape = model.package.spec
     layers = min(ATTENTION_LAYERS, shape.layers)
     pages = kernels.KVCache(
         layers=layers, heads=shape.heads, kv_heads=shape.kv_heads, head_size=shape.head_size,
@@ -168,16 +166,16 @@ def _attention_seconds(model: Model, queries: int) -> float:
 
 def _attend(model: Model, pages: kernels.KVCache, layers: int, first: int, count: int) -> float:
     """Seconds of the attention of ``count`` made-up tokens at position ``first`` in some layers."""
-    shape, rng = model.engine.cache_shape, np.random.default_rng(first)
+    shape, rng = model.package.spec, np.random.default_rng(first)
     q, k, v = (
         rng.standard_normal((count, heads, shape.head_size), dtype=np.float32)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
     positions = np.arange(first, first + count)
-    frequencies = rope_frequencies(model.package.spec.rope)
+    frequencies = rope_frequencies(shape.rope)
     begun = time.perf_counter()
     for layer in range(layers):
-        pages.attend(layer, q, k, v, positions, frequencies, scale=shape.scale, threads=model.options.threads)
+        pages.attend(layer, q, k, v, positions, frequencies, scale=shape.attention_scale, threads=model.options.threads)
     return time.perf_counter() - begun
 
 

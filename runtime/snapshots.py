@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cache import WINDOW_SLACK, ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
+from ..cache import WINDOW_SLACK, ArchiveOptions, CacheFullError, CacheSettings
 from ..cache.snapshots import Match, Snapshot, SnapshotStore, Subject, settings_key
 from ..devices.files.cache_folder import cache_folder, snapshots_folder
 from ..devices.planner import Plan
 from ..devices.reporting import Notice
 from ..errors import OptionError, SnapshotError, StorageError
+from .engines import ConversationCache, Engine
 
 LEAST_TOKENS = 512  # fewer are read faster than they are looked for
 STATE_VERSION = 1  # of what the numbers in a snapshot mean; another version's are not opened
@@ -37,18 +38,18 @@ class DocumentSnapshots:
         self._notice = notice
 
     def reopen(
-        self, ids: Sequence[int], shape: CacheShape, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
-    ) -> KVCache | None:
+        self, ids: Sequence[int], engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
+    ) -> ConversationCache | None:
         """A cache that holds the first tokens of ``ids``, as many as any snapshot has; None when none helps."""
-        held = _held(shape, settings, plan, archive)
+        held = _held(engine, settings, plan, archive)
         forgets = plan.hot_tokens is not None and archive is None  # what a scorer dropped cannot come back
-        most = 0 if forgets else WINDOW_SLACK if any(shape.windows) else None
+        most = 0 if forgets else WINDOW_SLACK if engine.windows else None
         match = self._store.find(self._fingerprint, settings_key(held), ids, most_unwanted=most)
         if match is None or match.common_tokens < min(LEAST_TOKENS, len(ids)):
             return None
         try:
             with self._store.open(match.path, threads=self._threads) as snapshot:
-                return self._restored(match, snapshot, shape, settings, plan, archive)
+                return self._restored(match, snapshot, engine, settings, plan, archive)
         except CacheFullError:  # saved with more memory than there is now, or it cannot be cut back to these tokens
             return None
         except (SnapshotError, OptionError) as error:  # an option out of range can only come from a foreign file
@@ -58,14 +59,15 @@ class DocumentSnapshots:
     def save(
         self,
         ids: Sequence[int],
-        cache: KVCache,
+        engine: Engine,
+        cache: ConversationCache,
         settings: CacheSettings,
         plan: Plan,
         archive: ArchiveOptions | None,
         documents: Sequence[str],
     ) -> None:
         """Saves what was read; when there is no room, says so and goes on."""
-        held = _held(cache.shape, settings, plan, archive)
+        held = _held(engine, settings, plan, archive)
         subject = Subject(self._fingerprint, self._name, held, documents)
         usage = cache.usage()
         if usage.lost_tokens:  # a snapshot would lack them too, when there is room again
@@ -83,11 +85,11 @@ class DocumentSnapshots:
         self,
         match: Match,
         snapshot: Snapshot,
-        shape: CacheShape,
+        engine: Engine,
         settings: CacheSettings,
         plan: Plan,
         archive: ArchiveOptions | None,
-    ) -> KVCache:
+    ) -> ConversationCache:
         extra = match.entry.extra
         try:
             sinks = int(extra["sinks"])
@@ -97,12 +99,10 @@ class DocumentSnapshots:
             raise SnapshotError(f"it has {sinks} sinks of {match.tokens} tokens")
         # The first tokens lie as they were read; the window is this plan's, which has room for no other.
         hot_tokens = None if plan.hot_tokens is None else plan.hot_tokens - settings.sinks + sinks
-        cache = KVCache.restored(
-            shape,
-            replace(settings, sinks=sinks),
+        cache = engine.restored_cache(
             snapshot,
+            replace(settings, sinks=sinks),
             hot_tokens=hot_tokens,
-            threads=self._threads,
             limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=replace(archive, sinks=sinks) if archive else None,
         )
@@ -116,13 +116,11 @@ class DocumentSnapshots:
         return cache
 
 
-def _held(
-    shape: CacheShape, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
-) -> dict[str, Any]:  # fmt: skip
+def _held(engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None) -> dict[str, Any]:
     """All that changes what a cache holds after reading, except how much of it is hot: that is in the snapshot."""
     held: dict[str, Any] = {"version": STATE_VERSION, "storage": settings.storage}
-    if any(shape.windows):
-        held["windows"] = list(shape.windows)  # once, these layers held everything
+    if engine.windows:
+        held["windows"] = list(engine.windows)  # once, these layers held everything
     if plan.hot_tokens is None:
         outgrown = {"codec": archive.codec, "retriever": archive.retriever} if archive else {}
         return held | {"kind": "full"} | outgrown

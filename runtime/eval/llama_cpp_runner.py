@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...devices.reporting import Progress
 from ...errors import ModelError
-from ..engine import Cancelled
+from ..engines import Cancelled
 from ..repetition import goes_in_circles
 from .sides import Reply, Talk
 from .sizing import Speaker

@@ -18,7 +18,7 @@ from ...export.resolve import resolve_model
 from ..bench.run import PEER, peer_file
 from ..chat_template import ChatTemplate
 from ..documents import read_documents
-from ..engine import Cancelled
+from ..engines import Cancelled
 from ..tokenizer import Tokenizer
 from .conversations import check_tasks
 from .haystack import Haystack

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...devices.reporting import Notice, Progress
 from ..context import Context
-from ..engine import Cancelled
+from ..engines import Cancelled
 from ..model import load
 from .sides import Reply, Side, Talk
 from .task import Question, Sample

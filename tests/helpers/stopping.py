@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from satchel.runtime import Model
+from satchel.runtime.engines import NativeEngine
 
 
 class Session:
     """Stands before an ONNX Runtime session: calls ``act`` before or after the run with this number."""
 
     def __init__(self, model: Model, number: int, act: Callable[[], None], *, after: bool = False) -> None:
+        assert isinstance(model.engine, NativeEngine)
         self.engine, self.number, self.act, self.after = model.engine, number, act, after
-        self.inner = model.engine._session
+        self.inner = self.engine._session
         self.engine._session = self  # type: ignore[assignment]
 
     def run(self, *arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from satchel.cache import KVCache
 from satchel.cache.scorers import scorer_names
 from satchel.errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
 from satchel.runtime import Context, Model
-from satchel.runtime.engine import Engine
+from satchel.runtime.engines import NativeEngine
 from stopping import Session, interrupt
 
 Load = Callable[..., Model]
@@ -38,9 +38,9 @@ class Recorder:
         self.last: dict[int, NDArray[np.float32]] = {}
         self.runs = 0
         self.before_run: Callable[[], None] | None = None
-        original = Engine.run
+        original = NativeEngine.run
 
-        def run(engine: Engine, ids: Sequence[int], cache: KVCache) -> NDArray[np.float32]:
+        def run(engine: NativeEngine, ids: Sequence[int], cache: KVCache) -> NDArray[np.float32]:
             self.runs += 1
             if self.before_run:
                 self.before_run()
@@ -55,18 +55,23 @@ class Recorder:
             return twin
 
         original_fork = KVCache.fork
-        monkeypatch.setattr(Engine, "run", run)
+        monkeypatch.setattr(NativeEngine, "run", run)
         monkeypatch.setattr(KVCache, "fork", fork)
 
     def of(self, context: Context) -> list[int]:
-        return self.ids[context._cache.handle]
+        return self.ids[handle_of(context)]
 
     def check(self, model: Model, context: Context) -> None:
         """The conversation is exactly its transcript."""
         ids = self.of(context)
         assert context.tokens == len(ids)
-        expected, got = model.last_logits(ids), self.last[context._cache.handle]
+        expected, got = model.last_logits(ids), self.last[handle_of(context)]
         assert np.abs(got - expected).max() <= 1e-4 * np.ptp(expected)
+
+
+def handle_of(context: Context) -> int:
+    assert isinstance(context._cache, KVCache)
+    return context._cache.handle
 
 
 @pytest.fixture
@@ -116,7 +121,7 @@ def test_an_answer_is_what_greedy_choice_gives(model: Model, recorder: Recorder)
         question = answer.usage.prompt_tokens
         assert prompt_end < question
         stops = model.package.manifest.tokenizer.stop_ids
-        expected = []
+        expected: list[int] = []
         for _ in range(answer.usage.new_tokens):
             expected.append(int(model.logits(ids[:question] + expected).argmax()))
         assert ids[question:] == expected[: len(ids) - question]

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import satchel
 from numpy.typing import NDArray
-from satchel.cache import WINDOW_SLACK, KVCache
+from satchel import kernels
+from satchel.cache import WINDOW_SLACK, CacheShape, KVCache
 from satchel.cache.snapshots import Snapshot
 from satchel.devices.files.cache_folder import snapshots_folder
 from satchel.runtime import Context, Model
+from satchel.runtime.engines import NativeEngine
 from stopping import Session, interrupt
 
 Load = Callable[..., Model]
@@ -35,25 +37,35 @@ POLICIES: list[dict[str, Any]] = [{"policy": "full", "kv": FP32}, {"kv": RECALL}
 NAMES = ["full", "recall"]
 
 
+def shape_of(model: Model) -> CacheShape:
+    assert isinstance(model.engine, NativeEngine)
+    return model.engine.cache_shape
+
+
+def native_of(context: Context) -> kernels.KVCache:
+    assert isinstance(context._cache, KVCache)
+    return context._cache._native
+
+
 def windowed(model: Model) -> list[int]:
     return [layer for layer, window in enumerate(model.package.spec.attention_windows) if window]
 
 
 def held(context: Context) -> list[int]:
     """Tokens of each layer with a window."""
-    return [context._cache._native.tokens(layer, 0) for layer in windowed(context._model)]
+    return [native_of(context).tokens(layer, 0) for layer in windowed(context._model)]
 
 
 def state(context: Context) -> list[NDArray[Any]]:
     """All that layers with a window hold."""
-    native, heads = context._cache._native, context._model.package.spec.kv_heads
+    native, heads = native_of(context), context._model.package.spec.kv_heads
     return [
         array for layer in windowed(context._model) for head in range(heads) for array in native.read(layer, head)
     ]  # fmt: skip
 
 
 def whole_logits(model: Model, ids: list[int]) -> NDArray[np.float32]:
-    shape = replace(model.engine.cache_shape, windows=())
+    shape = replace(shape_of(model), windows=())
     cache = KVCache(shape, model.options.settings, hot_tokens=None)
     row = model.engine.run(ids, cache)
     assert cache.held_tokens() == len(ids)
@@ -90,14 +102,14 @@ def test_nothing_is_missed(load: Load, options: dict[str, Any], chunk: int) -> N
 @pytest.mark.parametrize("options", POLICIES, ids=NAMES)
 def test_twice_the_text_takes_no_more(load: Load, options: dict[str, Any]) -> None:
     model, found = load(GEMMA, **options), []
-    shape = model.engine.cache_shape
+    shape = shape_of(model)
     for copies in (1, 2):
         with model.read_text(DOCUMENT * copies) as context:
             found.append((context.plan.window_bytes, context.plan.fork_bytes, context.kv["hot_bytes"]))
             assert WINDOW + 63 <= min(held(context)) <= max(held(context)) <= WINDOW + WINDOW_SLACK + 62
             in_full = context._cache.held_tokens()
             pages = -(-in_full // 64) * len(shape.full_layers) + sum(-(-tokens // 64) for tokens in held(context))
-            native = context._cache._native
+            native = native_of(context)
             page = native.page_bytes
             assert native.bytes == pages * shape.kv_heads * page
             assert native.bytes <= context.plan.kv_limit_bytes
@@ -119,7 +131,7 @@ def test_a_long_question_that_is_stopped_has_not_been(
     model = load(GEMMA, **{**options, "kv": {**options["kv"], "chunk": 64}})
     with model.read_text(DOCUMENT[:1000]) as context, model.read_text(DOCUMENT[:1000]) as never:
         assert len(context._turn_ids(LONG_QUESTION)) > 6 * 64 > WINDOW + 2 * WINDOW_SLACK
-        before, tokens, size = state(context), context.tokens, context._cache._native.pool_bytes
+        before, tokens, size = state(context), context.tokens, native_of(context).pool_bytes
         session = Session(model, number, context.cancel if kind == "cancel" else interrupt, after=after)
         if kind == "cancel":
             assert context.ask(LONG_QUESTION, max_new_tokens=4).usage.finish_reason == "cancelled"
@@ -132,7 +144,7 @@ def test_a_long_question_that_is_stopped_has_not_been(
             np.testing.assert_array_equal(mine, theirs)
         check(model, context, model._first_ids(DOCUMENT[:1000], None), 2e-3)
         if context.policy == "full":
-            assert context._cache._native.pool_bytes == size
+            assert native_of(context).pool_bytes == size
             asked = [each.ask("When?", max_new_tokens=9, **LIVELY).text for each in (context, never)]
             assert asked[0] == asked[1]
 
@@ -147,7 +159,7 @@ def test_turns_and_forks(load: Load) -> None:
                 branch.ask(question, max_new_tokens=70, **LIVELY)
         assert branches[0].last_answer.text == branches[1].last_answer.text  # type: ignore[union-attr]
         check(model, context, ids, 1e-4)
-        native = context._cache._native
+        native = native_of(context)
         assert native.pool_bytes <= context.plan.kv_limit_bytes + context.plan.fork_bytes + native.bytes
 
 
@@ -216,7 +228,7 @@ def test_a_budget_leaves_shorter_windows_alone(load: Load, scorer: str, budget: 
     kv = {**FP32, "hot_tokens": budget, "sinks": 4, "window": 16, "chunk": 64}
     model = load(GEMMA, policy=scorer, kv=kv)
     with model.read_text(DOCUMENT) as context:
-        native = context._cache._native
+        native = native_of(context)
         for _ in range(3):
             assert context.kv["hot_tokens"] <= budget + 64
             assert native.bytes <= context.plan.kv_limit_bytes
@@ -248,7 +260,7 @@ def test_windows_in_all_layers(load: Load, policy: str) -> None:
             assert held(context)[0] == context.kv["hot_tokens"] <= WINDOW + 126
             assert context.ask("Who?", max_new_tokens=9).usage.finish_reason in ("stop", "length")
             bytes_held.append(context.kv["hot_bytes"])
-            page = context._cache._native.page_bytes
+            page = native_of(context).page_bytes
         if copies < 8:
             with model.read_text(text) as context:
                 check(model, context, model._first_ids(text, None), 1e-4)

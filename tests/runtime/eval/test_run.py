@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from satchel.devices.reporting import Progress
 from satchel.errors import ContextLengthError, ModelError, OptionError, StorageError
-from satchel.runtime.engine import Cancelled
+from satchel.runtime.engines import Cancelled
 from satchel.runtime.eval import Evaluation, Order, Report, SideReport, find_suite, prepare, suite_names, write_plot
 from satchel.runtime.eval.perplexity import log_softmax, window_positions
 from satchel.runtime.eval.report import summarize

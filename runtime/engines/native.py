@@ -1,4 +1,4 @@
-"""One ONNX Runtime session over a package's graph: runs a chunk of tokens against a KV cache."""
+"""The native engine: one ONNX Runtime session over a package's graph, whose operators read and write our KV cache."""
 
 from __future__ import annotations
 
@@ -9,50 +9,71 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .. import kernels
-from ..cache import FULL_MESSAGE, CacheFullError, CacheShape, KVCache
-from ..errors import ModelError, SatchelError
-from ..export.package import Package
+from ... import kernels
+from ...cache import FULL_MESSAGE, ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
+from ...cache.snapshots import Snapshot
+from ...errors import ModelError
+from ...export.package import Package
+from .base import Cancelled, ConversationCache, Engine
 
 
-class Cancelled(SatchelError):
-    """A run was stopped by `Engine.cancel`; the cache is as it was before the run."""
+class NativeEngine(Engine):
+    """Packages of the native flavour."""
 
-
-class Engine:
-    """Runs the graph. One run at a time; `cancel` may be called from another thread."""
+    recalls = True
+    saves = True
 
     def __init__(self, package: Package, threads: int) -> None:
         self.package = package
         self.threads = threads
         spec = package.spec
+        self.windows = spec.attention_windows if any(spec.attention_windows) else ()
         self.cache_shape = CacheShape(
             layers=spec.layers,
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_size=spec.head_size,
             scale=spec.attention_scale,
-            windows=spec.attention_windows if any(spec.attention_windows) else (),
+            windows=self.windows,
         )
         self._lock = threading.Lock()
         self._running: tuple[KVCache, ort.RunOptions] | None = None
         try:
-            self._session = ort.InferenceSession(
-                str(package.model_file), session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = _session(package, session_options(threads))
         except Exception as error:  # ONNX Runtime raises its own kinds, all of them about the file here
             raise ModelError(
                 f"{package.model_file} cannot be loaded ({_line(error)}); export the model again"
             ) from error
 
-    def run(self, ids: Sequence[int], cache: KVCache) -> NDArray[np.float32]:
-        """Appends ``ids`` to the conversation in ``cache``; logits float32 [vocab] after the last one.
+    def new_cache(
+        self,
+        settings: CacheSettings,
+        *,
+        hot_tokens: int | None,
+        limit_bytes: int = 0,
+        archive: ArchiveOptions | None = None,
+    ) -> KVCache:
+        return KVCache(
+            self.cache_shape, settings, hot_tokens=hot_tokens, threads=self.threads, limit_bytes=limit_bytes,
+            archive=archive,
+        )  # fmt: skip
 
-        Raises:
-            Cancelled: `cancel` was called meanwhile. The cache is unchanged, as after every error.
-            CacheFullError: the cache's byte limit is reached.
-            ModelError: the graph failed.
-        """
+    def restored_cache(
+        self,
+        snapshot: Snapshot,
+        settings: CacheSettings,
+        *,
+        hot_tokens: int | None,
+        limit_bytes: int = 0,
+        archive: ArchiveOptions | None = None,
+    ) -> KVCache:
+        return KVCache.restored(
+            self.cache_shape, settings, snapshot, hot_tokens=hot_tokens, threads=self.threads, limit_bytes=limit_bytes,
+            archive=archive,
+        )  # fmt: skip
+
+    def run(self, ids: Sequence[int], cache: ConversationCache) -> NDArray[np.float32]:
+        assert isinstance(cache, KVCache), "a cache of another engine"
         count = len(ids)
         feeds = {
             "input_ids": np.asarray(ids, dtype=np.int64),
@@ -81,11 +102,29 @@ class Engine:
         row: NDArray[np.float32] = logits[0]
         return row
 
-    def cancel(self, cache: KVCache | None = None) -> None:
-        """Stops the run that is under way, if there is one (and it is that of ``cache``), at the next operator."""
+    def mark(self, cache: ConversationCache) -> None:
+        assert isinstance(cache, KVCache), "a cache of another engine"
+        cache.mark()
+
+    def release_mark(self, cache: ConversationCache) -> None:
+        assert isinstance(cache, KVCache), "a cache of another engine"
+        cache.release_mark()
+
+    def cancel(self, cache: ConversationCache | None = None) -> None:
+        """At the next operator."""
         running = self._running
         if running is not None and cache in (None, running[0]):
             running[1].terminate = True
+
+
+def _session(package: Package, options: ort.SessionOptions) -> ort.InferenceSession:
+    graph: str | bytes = str(package.model_file)
+    if package.yarn_factor > 1:
+        from ...export.graph import stretched_graph  # brings onnx with it
+
+        graph = stretched_graph(package.model_file, package.spec)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(package.folder))
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def session_options(threads: int) -> ort.SessionOptions:
