@@ -18,6 +18,7 @@ from satchel import kernels
 from satchel.cache import WINDOW_SLACK, CacheShape, KVCache
 from satchel.cache.snapshots import Snapshot
 from satchel.devices.files.cache_folder import snapshots_folder
+from satchel.devices.sizes import parse_size
 from satchel.runtime import Context, Model
 from satchel.runtime.engines import NativeEngine
 from stopping import Session, interrupt
@@ -161,6 +162,35 @@ def test_turns_and_forks(load: Load) -> None:
         check(model, context, ids, 1e-4)
         native = native_of(context)
         assert native.pool_bytes <= context.plan.kv_limit_bytes + context.plan.fork_bytes + native.bytes
+
+
+@pytest.mark.parametrize("budget", ["430KB", "550KB", "900KB"])
+def test_what_was_planned_is_enough(load: Load, budget: str) -> None:
+    """For long questions, cancelled ones, and a fork beside what it was forked from, which stays inside the budget."""
+    model = load(GEMMA, kv={"budget_bytes": budget})
+    with model.read_text(DOCUMENT * 2) as context:
+        assert context.policy == "recall"
+        branch = context.fork()
+        for seed in range(4):
+            for talk in (branch, context) if seed == 3 else (branch,):
+                usage = talk.ask(LONG_QUESTION, max_new_tokens=150, temperature=20.0, seed=seed).usage
+                assert usage.finish_reason in ("stop", "length")
+                assert talk._cache.usage().memory_bytes <= parse_size(budget)
+            session = Session(model, 2, branch.cancel, after=True)
+            assert branch.ask(LONG_QUESTION).usage.finish_reason == "cancelled"
+            session.remove()
+
+
+def test_a_whole_cache_that_is_nearly_full_has_room_for_the_windows_of_a_fork(load: Load) -> None:
+    model = load({**GEMMA, "context_length": 2300}, policy="full", kv={**FP32, "chunk": 64})
+    with model.read_text(DOCUMENT) as context:
+        branch = context.fork()
+        for seed in range(4):
+            usage = branch.ask("Who may upload, and when? " * 4, max_new_tokens=30, temperature=20.0, seed=seed).usage
+            assert usage.finish_reason in ("stop", "length")
+        assert branch.tokens > context.tokens + 4 * WINDOW
+        assert context.ask("Who?", max_new_tokens=40, **LIVELY).usage.finish_reason in ("stop", "length")
+        assert native_of(context).pool_peak_bytes <= context.plan.kv_limit_bytes + context.plan.fork_bytes
 
 
 # --- snapshots
