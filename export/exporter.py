@@ -21,6 +21,7 @@ from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..errors import ModelError, OptionError, StorageError
 from .architectures import DecoderModel, read_model
 from .native import NativeFlavour
+from .portable import PortableFlavour
 from .package import (
     EXPORTER_VERSION,
     MANIFEST_FILE,
@@ -54,7 +55,7 @@ class Flavour(Protocol):
     def write(self, folder: Path, progress: Progress) -> list[MatrixRecord]: ...
 
 
-FLAVOURS = {"native": NativeFlavour}
+FLAVOURS: dict[str, Callable[[DecoderModel, Source, int], Flavour]] = {"native": NativeFlavour, "portable": PortableFlavour}
 
 
 def export_model(
@@ -126,7 +127,7 @@ def _export(
     source: Source, sha256: str | None, out: Path, bits: int, flavour: str, progress: Progress
 ) -> Package:
     """Looks at all that may be refused before the source is hashed or a byte is written."""
-    writer: Flavour = FLAVOURS[flavour](read_model(source), source, bits)
+    writer = FLAVOURS[flavour](read_model(source), source, bits)
     settings, make_tokenizer = _tokenizer(source, writer.model.spec.vocab)
     sha256 = sha256 or source.hash(progress)
     with temporary_folder(out, bytes_needed=writer.bytes_needed + TOKENIZER_BYTES) as folder:
