@@ -21,7 +21,6 @@ from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..errors import ModelError, OptionError, StorageError
 from .architectures import DecoderModel, read_model
 from .native import NativeFlavour
-from .portable import PortableFlavour
 from .package import (
     EXPORTER_VERSION,
     MANIFEST_FILE,
@@ -34,6 +33,7 @@ from .package import (
     record_files,
     write_manifest,
 )
+from .portable import PortableFlavour
 from .ready_tokenizer import ready_tokenizer
 from .sources import Source, open_source
 from .tokenizer import TokenizerSettings, build_tokenizer
@@ -55,7 +55,10 @@ class Flavour(Protocol):
     def write(self, folder: Path, progress: Progress) -> list[MatrixRecord]: ...
 
 
-FLAVOURS: dict[str, Callable[[DecoderModel, Source, int], Flavour]] = {"native": NativeFlavour, "portable": PortableFlavour}
+FLAVOURS: dict[str, Callable[[DecoderModel, Source, int], Flavour]] = {
+    "native": NativeFlavour,
+    "portable": PortableFlavour,
+}
 
 
 def export_model(

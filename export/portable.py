@@ -69,9 +69,7 @@ class PortableFlavour:
             for matrix in self._matrices:
                 records.append(_write_matrix(matrix, out))
         vectors = {
-            weight.role: read_vector(weight, self._source)
-            for weight in self.model.weights
-            if len(weight.shape) == 1
+            weight.role: read_vector(weight, self._source) for weight in self.model.weights if len(weight.shape) == 1
         }
         from .graph import build_graph  # brings onnx with it
         from .operators import PortableOperators
@@ -96,7 +94,8 @@ def _stored_bits(planned: PlannedMatrix) -> int:
 
 def _stored_bytes(planned: PlannedMatrix) -> int:
     form = planned.form
-    return matrix_parts(*planned.weight.shape, _stored_bits(planned), form.block, form.has_min).end
+    rows, columns = planned.weight.shape
+    return matrix_parts(rows, columns, _stored_bits(planned), form.block, form.has_min).end
 
 
 def _write_matrix(planned: PlannedMatrix, out: WeightFile) -> MatrixRecord:

@@ -1,4 +1,4 @@
-"""What the graph builder is made of: a collection of nodes, and the operator set that tells one flavour from another."""
+"""What the graph builder is made of: collected nodes, and the operator set that tells one flavour from another."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ class GraphParts:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._data_file = data_file
 
-    def node(
-        self, kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any
-    ) -> str:
+    def node(self, kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any) -> str:
         name = outputs[-1] + "/" + kind
         self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs[0]

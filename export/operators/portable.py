@@ -79,7 +79,7 @@ class PortableOperators(Operators):
             bent = node("Mul", [gate, node("Sigmoid", [gate], [output + ".sigmoid"])], [output + ".bent"])
         return node("Mul", [bent, up], [output])
 
-    def experts(self, x: str, router: str, layer: int, output: str) -> str:
+    def experts(self, x: str, router: str, layer: int, output: str) -> str:  # noqa: ARG002
         raise ModelError("the portable flavour has no mixture of experts; use --flavour native")
 
     def state(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
@@ -88,7 +88,7 @@ class PortableOperators(Operators):
         for layer in range(spec.layers):
             for when, infos in found.items():
                 for what in ("key", "value"):
-                    dims = [1, spec.kv_heads, f"{when}_tokens_{layer}", spec.head_size]
+                    dims: list[int | str] = [1, spec.kv_heads, f"{when}_tokens_{layer}", spec.head_size]
                     infos.append(_floats(state_name(when, layer, what), dims))
                 width = spec.heads * spec.head_size
                 infos.append(_floats(state_name(when, layer, "queries"), [f"{when}_queries_{layer}", width]))
@@ -116,7 +116,9 @@ class PortableOperators(Operators):
         if scale == 1:
             return self.parts.node(kind, inputs, [output], domain, **attributes)
         plain = self.parts.node(kind, inputs, [output + ".unscaled"], domain, **attributes)
-        return self.parts.node("Mul", [plain, self.parts.constant(f"scale.{scale}", np.array(scale, np.float32))], [output])
+        return self.parts.node(
+            "Mul", [plain, self.parts.constant(f"scale.{scale}", np.array(scale, np.float32))], [output]
+        )
 
     def _number(self, name: str, value: int) -> str:
         return self.parts.constant(name, np.array([value], np.int64))

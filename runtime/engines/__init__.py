@@ -22,15 +22,13 @@ __all__ = [
 ]
 
 
-def open_engine(
-    package: Package, threads: int, settings: CacheSettings | None = None, device: str = "cpu"
-) -> Engine:
-    """The engine for a package. Raises ModelError when it cannot be loaded, OptionError when it cannot do as asked."""
+def open_engine(package: Package, threads: int, settings: CacheSettings | None = None, device: str = "cpu") -> Engine:
+    """The engine for a package. Raises ModelError when it cannot be loaded, OptionError for what it cannot do."""
     if package.manifest.flavour == "portable":
         return PortableEngine(package, threads, settings or CacheSettings(), device)
     if device != "cpu":
         raise ModelError(
-            f"{package.folder} is of the {package.manifest.flavour} flavour, which runs on device cpu, not on {device}; "
+            f"{package.folder} is of the {package.manifest.flavour} flavour, which runs on device cpu, not {device}; "
             "export the model with --flavour portable"
         )
     return NativeEngine(package, threads)

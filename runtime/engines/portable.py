@@ -1,12 +1,13 @@
 """The portable engine: packages of stock operators on any execution provider, their KV cache as tensors on its device.
 
-Nothing is kept of what leaves the cache, and nothing is saved. Not run on a GPU yet: what is checked is the CPU provider.
+Nothing is kept of what leaves the cache, and nothing is saved. Not run on a GPU yet: it is checked on the CPU provider.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -23,7 +24,11 @@ from .portable_cache import LayerState, PortableCache, Slots
 from .providers import Device, find_device
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
-ELEMENT = {"bf16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}  # 16 bits are float16 here
+# 16 bits are float16 here: the form that attention has on all providers
+ELEMENT: dict[str, np.dtype[Any]] = {
+    "bf16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+}
 
 
 class PortableEngine(Engine):
@@ -77,17 +82,19 @@ class PortableEngine(Engine):
         for key in ("scorer", "storage"):
             given, own = getattr(settings, key), getattr(self.settings, key)
             if given != own:
-                raise OptionError(f"kv {key}={given!r} differs from {own!r}, which the model was loaded with; load it again")
+                raise OptionError(
+                    f"kv {key}={given!r} differs from {own!r}, which the model was loaded with; load it again"
+                )
         return PortableCache(self, settings, hot_tokens=hot_tokens, limit_bytes=limit_bytes)
 
     def restored_cache(
         self,
         snapshot: Snapshot,
-        settings: CacheSettings,
+        settings: CacheSettings,  # noqa: ARG002
         *,
-        hot_tokens: int | None,
-        limit_bytes: int = 0,
-        archive: ArchiveOptions | None = None,
+        hot_tokens: int | None,  # noqa: ARG002
+        limit_bytes: int = 0,  # noqa: ARG002
+        archive: ArchiveOptions | None = None,  # noqa: ARG002
     ) -> PortableCache:
         raise SnapshotError(f"{snapshot.path}: the portable flavour opens no snapshots", damaged=False)
 
@@ -139,18 +146,17 @@ class PortableEngine(Engine):
         self, layer: int, state: LayerState, query_positions: Slots, settings: CacheSettings, budget: int
     ) -> tuple[Slots, ort.OrtValue, ort.OrtValue]:
         """The slots [K, budget] of a layer that its scorer keeps, and their keys and values."""
-        feeds = {
+        feeds: dict[str, NDArray[Any]] = {
             name: np.array([number], np.int64)
             for name, number in (("sinks", settings.sinks), ("window", settings.window), ("budget", budget))
         }
         wanted = {value.name for value in self._pruner.get_inputs()}
         if "positions" in wanted:
             feeds["positions"] = state.positions()
-        more: dict[str, NDArray[np.float32]] = {}
         if "queries" in wanted:
             feeds["query_positions"] = query_positions
-            more = dict(zip(("cosine", "sine"), self._turns(layer, query_positions), strict=True))
-        kept, key, value = self._call(self._pruner, state, {**feeds, **more})
+            feeds |= zip(("cosine", "sine"), self._turns(layer, query_positions), strict=True)
+        kept, key, value = self._call(self._pruner, state, feeds)
         slots: Slots = kept.numpy()
         return slots, key, value
 
@@ -182,7 +188,7 @@ class PortableEngine(Engine):
         return binding
 
     def _call(
-        self, session: ort.InferenceSession, state: LayerState, feeds: dict[str, NDArray[np.int64]]
+        self, session: ort.InferenceSession, state: LayerState, feeds: Mapping[str, NDArray[Any]]
     ) -> list[ort.OrtValue]:
         """Runs a pruning graph on a layer; its first output comes to the host if it is the slots'."""
         binding = session.io_binding()

@@ -1,8 +1,8 @@
 """The KV cache of a conversation in the portable engine: tensors on the device, one pair for each layer.
 
-A run makes new tensors and leaves the old ones alone. That costs a copy of the cache for each run, where a buffer shared
-by input and output would cost none; but it is the one form that every execution provider has, and with it forks,
-cancelled runs and prompts that fail need no bookkeeping: they keep the tensors that they had.
+A run makes new tensors and leaves the old ones alone. That costs a copy of the cache for each run, where a shared buffer for
+input and output would cost none; but every execution provider has this form, and with it forks, cancelled runs and
+prompts that fail need no bookkeeping: they keep the tensors that they had.
 """
 
 from __future__ import annotations
@@ -121,13 +121,20 @@ class PortableCache:
 
     def forget_from(self, position: int) -> None:
         """Forgets all tokens at ``position`` and later. Where heads have kept different numbers of earlier ones, the
-        oldest after the sinks go too: all heads of a layer hold equally many.
+        oldest after the sinks go too: all heads of all layers hold equally many, apart from layers with a window.
         """
         if position >= self.total_tokens:
             return
         left = int(np.searchsorted(self.query_positions, position))
         self.query_positions = self.query_positions[:left]
-        self.layers = [self._before(state, position, left) for state in self.layers]
+        counts = [(state.positions() < position).sum(axis=1) for state in self.layers]
+        windows = [bool(window) for window in self._device.windows]
+        least = {kind: min(int(each.min()) for each, its in zip(counts, windows, strict=True) if its == kind)
+                 for kind in set(windows)}  # fmt: skip
+        self.layers = [
+            self._before(state, position, _newest(each, least[kind], self.settings.sinks), left)
+            for state, each, kind in zip(self.layers, counts, windows, strict=True)
+        ]
         self.total_tokens = position
 
     def held_tokens(self) -> int:
@@ -178,13 +185,15 @@ class PortableCache:
         kept = np.take_along_axis(state.positions(), slots, axis=1)
         return LayerState(key, value, state.queries, kept, self.total_tokens)
 
-    def _before(self, state: LayerState, position: int, queries_left: int) -> LayerState:
-        positions = state.positions()
-        counts = (positions < position).sum(axis=1)
-        least, sinks = int(counts.min()), self.settings.sinks
-        slots = np.stack([np.arange(least) + np.where(np.arange(least) < sinks, 0, count - least) for count in counts])
+    def _before(self, state: LayerState, position: int, slots: Slots, queries_left: int) -> LayerState:
         key, value = self._device.gather(state, slots)
         queries = state.queries
         if queries is not None and queries.shape()[0] > queries_left:
             queries = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(queries.numpy()[:queries_left]))
-        return LayerState(key, value, queries, np.take_along_axis(positions, slots, axis=1), position)
+        return LayerState(key, value, queries, np.take_along_axis(state.positions(), slots, axis=1), position)
+
+
+def _newest(counts: Slots, least: int, sinks: int) -> Slots:
+    """Of the first ``counts`` [K] slots of each head ``least``: the sinks and the last others."""
+    slots = np.arange(least)
+    return np.stack([slots + np.where(slots < sinks, 0, count - least) for count in counts])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -94,7 +95,7 @@ class _Pruning:
     def output(self, name: str, element: int, dims: list[int | str]) -> None:
         self.outputs.append(helper.make_tensor_value_info(name, element, dims))
 
-    def node(self, kind: str, inputs: list[str], domain: str = "", **attributes: object) -> str:
+    def node(self, kind: str, inputs: list[str], domain: str = "", **attributes: Any) -> str:
         name = f"{kind}.{len(self.nodes)}"
         outputs = [name + ".values", name] if kind == "TopK" else [name]
         self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes))
@@ -176,8 +177,9 @@ def _snapkv(graph: _Pruning) -> str:
     queries = graph.input("queries", TensorProto.FLOAT, ["observed", width])
     places = graph.input("query_positions", TensorProto.INT64, ["observed"])
     turns = [graph.input(name, TensorProto.FLOAT, ["observed", half]) for name in ("cosine", "sine")]
+    batched = graph.node("Unsqueeze", [queries, graph.number([0])])
     turned = graph.node(
-        "RotaryEmbedding", [graph.node("Unsqueeze", [queries, graph.number([0])]), graph.number([0]), *turns], MICROSOFT,
+        "RotaryEmbedding", [batched, graph.number([0]), *turns], MICROSOFT,
         num_heads=spec.heads, rotary_embedding_dim=spec.rope.dims if spec.rope.dims < spec.head_size else 0,
     )  # fmt: skip
     split = graph.node("Reshape", [turned, graph.number([-1, spec.kv_heads, group, spec.head_size])])
