@@ -1,8 +1,8 @@
 """The KV cache of a conversation in the portable engine: tensors on the device, one pair for each layer.
 
-A run makes new tensors and leaves the old ones alone. That costs a copy of the cache for each run, where a shared buffer for
-input and output would cost none; but every execution provider has this form, and with it forks, cancelled runs and
-prompts that fail need no bookkeeping: they keep the tensors that they had.
+A run makes new tensors and leaves the old ones alone. That costs a copy of the cache for each run, where a shared
+buffer would cost none; but every execution provider has this form, and with it forks, cancelled runs and prompts that
+fail need no bookkeeping: they keep the tensors that they had.
 """
 
 from __future__ import annotations
