@@ -18,7 +18,7 @@ from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
 from ..runtime import Model, load
 from ..runtime.context import DEFAULT_NEW_TOKENS
-from ..runtime.model import DEVICES, Options
+from ..runtime.model import DEVICES, Options, parse_rope
 from ..runtime.sampling import SamplingOptions
 
 _POLICIES = ("auto", "full", *scorer_names())
@@ -36,6 +36,7 @@ class CommonOptions:
     kv: Mapping[str, str]
     threads: int | None
     device: str
+    rope: str
     cache_dir: Path | None
     no_cache: bool
     cache_limit: int | None
@@ -47,6 +48,7 @@ class CommonOptions:
         try:
             Options.check(self.memory, self.policy, self.kv, self.threads, self.device, self.disk)
             SamplingOptions(**self.sampling)
+            parse_rope(self.rope)
         except OptionError as error:
             raise click.UsageError(str(error), click.get_current_context(silent=True)) from error
 
@@ -60,6 +62,7 @@ class CommonOptions:
             threads=self.threads,
             device=self.device,
             disk=self.disk,
+            rope=self.rope,
             cache=not self.no_cache,
             cache_limit=self.cache_limit,
             cache_dir=self.cache_dir,
@@ -110,6 +113,9 @@ _MODEL_OPTIONS = (
                  help="Threads to compute with.  [default: the cores that this process may use]"),
     click.option("--device", type=click.Choice(DEVICES), default=DEVICES[0], show_default=True,
                  help="Where to compute."),
+    click.option("--rope", metavar="as-trained|yarn[:FACTOR]", default="as-trained", show_default=True,
+                 help="yarn stretches the positions so that FACTOR (4) times the trained context can be read; as "
+                      "trained, what is farther away is attended to as if it were nearer."),
     click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
                  help="Keep models in this folder (else $SATCHEL_CACHE_DIR, else the platform's cache "
                       "folder)."),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .rope import stretched
 from .spec import ModelSpec
 from .tokenizer import TokenizerSettings
 
@@ -134,14 +135,20 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Package:
-    """An opened and checked package folder."""
+    """An opened and checked package folder. ``yarn_factor``: how many times the trained context it is to read."""
 
     folder: Path
     manifest: Manifest
+    yarn_factor: float = 1.0
 
     @property
     def spec(self) -> ModelSpec:
-        return self.manifest.spec
+        """Raises ModelError when a model cannot be stretched."""
+        spec, factor = self.manifest.spec, self.yarn_factor
+        if factor <= 1:
+            return spec
+        trained = spec.context_length
+        return replace(spec, rope=stretched(spec.rope, trained, factor), context_length=int(trained * factor))
 
     @property
     def model_file(self) -> Path:
@@ -162,9 +169,12 @@ class Package:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digits that identify the exact weights, graph and tokenizer."""
+        """Hex digits that identify the exact weights, graph, positions and tokenizer."""
         files = self.manifest.files
-        return hashlib.sha256("".join(files[name].sha256 for name in REQUIRED_FILES).encode()).hexdigest()
+        parts = [files[name].sha256 for name in REQUIRED_FILES]
+        if self.yarn_factor > 1:
+            parts.append(f"yarn {self.yarn_factor}")
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def is_package(folder: Path) -> bool:

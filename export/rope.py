@@ -10,10 +10,12 @@ its reference implementation, wavelengths above ``original_context / low`` divid
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ModelError
 from .spec import RopeSpec
 
 
@@ -41,6 +43,19 @@ def rope_frequencies(rope: RopeSpec) -> npt.NDArray[np.float32]:
 def yarn_attention_factor(factor: float) -> float:
     """YaRN's magnitude correction for a context that is ``factor`` times the original."""
     return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
+
+
+def stretched(rope: RopeSpec, trained: int, factor: float) -> RopeSpec:
+    """YaRN for a model of ``trained`` tokens that is to read ``factor`` times as many.
+
+    Raises:
+        ModelError: the model's positions are scaled already.
+    """
+    if rope.scaling != "none" or rope.frequency_factors:
+        kind = rope.scaling if rope.scaling != "none" else "frequency factors"
+        raise ModelError(f"the model scales its positions already ({kind}); leave out --rope")
+    attention = yarn_attention_factor(factor)
+    return replace(rope, scaling="yarn", factor=factor, original_context=trained, attention_factor=attention)
 
 
 def _yarn_share(rope: RopeSpec) -> npt.NDArray[np.float64]:

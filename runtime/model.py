@@ -42,6 +42,7 @@ ANSWER_ROOM = 1024  # tokens of questions and answers that a plan makes room for
 OUTGROWN_RECALL_TOKENS = 1024  # of a whole cache that outgrew its memory
 NAMED_POLICY_HOT_TOKENS = 2048  # of a policy asked for by name, without a budget of its own
 READ_CHUNK = 512
+DEFAULT_YARN_FACTOR, MOST_YARN_FACTOR = 4.0, 64.0
 BYTES_PER_TOKEN_OF_TEXT = 4  # on average, in English
 BYTES_PER_ID = 40  # of a token id in a Python list: pointer and number
 
@@ -414,6 +415,23 @@ class Model:
             self._used_bytes = max(self._used_bytes, resident_memory().total_bytes)
 
 
+def parse_rope(text: str) -> float:
+    """The factor of YaRN in ``as-trained``, ``yarn`` or ``yarn:FACTOR``; 1 for none. Raises OptionError."""
+    name, colon, number = text.partition(":")
+    try:
+        factor = float(number) if colon else DEFAULT_YARN_FACTOR
+    except ValueError:
+        factor = 0.0
+    if text == "as-trained":
+        return 1.0
+    if name != "yarn" or not 1 < factor <= MOST_YARN_FACTOR:
+        raise OptionError(
+            f"rope {text!r} is not known; give as-trained, yarn, or yarn:FACTOR with a factor above 1, at most "
+            f"{MOST_YARN_FACTOR:g}"
+        )
+    return factor
+
+
 def load(
     model: str | Path = DEFAULT_MODEL,
     *,
@@ -423,6 +441,7 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     disk: str | int | None = None,
+    rope: str = "as-trained",
     cache: bool = True,
     cache_limit: str | int | None = None,
     cache_dir: str | Path | None = None,
@@ -440,6 +459,8 @@ def load(
         threads: None: all cores that this process may use.
         device: ``cpu``, ``cuda``, ``dml`` or ``coreml``: all but the first take the portable flavour of the model.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
+        rope: ``yarn`` or ``yarn:FACTOR`` (4 when left out) stretches the positions so that the model reads that many
+            times its trained context (YaRN, arXiv 2309.00071); ``as-trained`` leaves them.
         cache: whether to open and save snapshots of read documents: what was read once is not read twice.
         cache_limit: what all snapshots may take on disk; the least recently used go first. None: a tenth of the disk's
             free space, at most 20 GB.
@@ -452,12 +473,13 @@ def load(
         ModelError, DownloadError, StorageError: the model cannot be had.
     """
     limit = None if cache_limit is None else parse_size(cache_limit)
-    options = Options.check(memory, policy, kv, threads, device, disk)
+    options, yarn_factor = Options.check(memory, policy, kv, threads, device, disk), parse_rope(rope)
     tell = notice or log_notice
     package = resolve_model(
         model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell,
         flavour="native" if device == "cpu" else "portable",
     )  # fmt: skip
+    package = replace(package, yarn_factor=yarn_factor)
     folder = Path(cache_dir) if cache_dir else None
     snapshots = None
     if cache:

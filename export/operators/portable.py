@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
@@ -145,8 +146,7 @@ class PortableOperators(Operators):
             return names
         self._made.add(at)
         parts, node = self.parts, self.parts.node
-        frequencies = rope_frequencies(rope).astype(np.float64)
-        far = np.fmod(frequencies * POSITION_STEP, 2 * np.pi)
+        far, near, factor = (parts.constant(at + name, values) for name, values in rope_constants(rope).items())
         step = parts.constant("rope.step", np.array(POSITION_STEP, np.float32))
         if "rope.positions" not in self._made:
             self._made.add("rope.positions")
@@ -157,14 +157,14 @@ class PortableOperators(Operators):
         angles = node(
             "Add",
             [
-                node("Mul", ["rope.steps", parts.constant(at + "far", far[None].astype(np.float32))], [at + "large"]),
-                node("Mul", ["rope.rest", parts.constant(at + "near", frequencies[None].astype(np.float32))],
+                node("Mul", ["rope.steps", far], [at + "large"]),
+                node("Mul", ["rope.rest", near],
                      [at + "small"]),
             ],
             [at + "angles"],
         )  # fmt: skip
         for name, kind in zip(names, ("Cos", "Sin"), strict=True):
-            self._scaled(float(rope.attention_factor), kind, [angles], name)
+            node("Mul", [node(kind, [angles], [name + ".plain"]), factor], [name])
         return names
 
     def _lengths(self, layer: int) -> list[str]:
@@ -192,6 +192,19 @@ class PortableOperators(Operators):
             [joined, self._number(OBSERVED, -OBSERVED_QUERIES), self._number("end", LAST), self._number("axis.0", 0)],
             [state_name("present", layer, "queries")],
         )
+
+
+def rope_constants(rope: RopeSpec) -> dict[str, npt.NDArray[np.float32]]:
+    """What angles are made of, by the ends of the initializers' names (``rope.all.`` or ``rope.window.`` before them):
+    ``far`` and ``near`` float32 [1, rotated dimensions / 2], radians per step of positions and per one; ``factor``.
+    """
+    frequencies = rope_frequencies(rope).astype(np.float64)[None]
+    far = np.fmod(frequencies * POSITION_STEP, 2 * np.pi)
+    return {
+        "far": far.astype(np.float32),
+        "near": frequencies.astype(np.float32),
+        "factor": np.array(rope.attention_factor, np.float32),
+    }
 
 
 def _floats(name: str, dims: list[int | str]) -> onnx.ValueInfoProto:

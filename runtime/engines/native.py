@@ -37,9 +37,7 @@ class NativeEngine(Engine):
         self._lock = threading.Lock()
         self._running: tuple[KVCache, ort.RunOptions] | None = None
         try:
-            self._session = ort.InferenceSession(
-                str(package.model_file), session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = _session(package, session_options(threads))
         except Exception as error:  # ONNX Runtime raises its own kinds, all of them about the file here
             raise ModelError(
                 f"{package.model_file} cannot be loaded ({_line(error)}); export the model again"
@@ -107,6 +105,16 @@ class NativeEngine(Engine):
         running = self._running
         if running is not None and cache in (None, running[0]):
             running[1].terminate = True
+
+
+def _session(package: Package, options: ort.SessionOptions) -> ort.InferenceSession:
+    graph: str | bytes = str(package.model_file)
+    if package.yarn_factor > 1:
+        from ...export.graph import stretched_graph  # brings onnx with it
+
+        graph = stretched_graph(package.model_file, package.spec)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(package.folder))
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def session_options(threads: int) -> ort.SessionOptions:

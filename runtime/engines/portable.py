@@ -52,14 +52,14 @@ class PortableEngine(Engine):
         self.package = package
         self.spec = package.spec
         self.settings = settings
-        self.windows = windows_of(package.spec)
+        self.windows = windows_of(package.manifest.spec)  # as the graph has them, however far it is stretched
         self.storage_bytes = ELEMENT[settings.storage].itemsize
         self._device = find_device(device)
         self._threads = threads
         self._lock = threading.Lock()
         self._running: tuple[ConversationCache, ort.RunOptions] | None = None
         try:
-            fitted = graphs.fitted_graph(package.model_file, settings.storage, settings.scorer).SerializeToString()
+            fitted = graphs.fitted_graph(package, settings.storage, settings.scorer).SerializeToString()
             self._session = self._open(fitted)
         except Exception as error:  # of protobuf, of our reading, or of ONNX Runtime: all of them about the file
             raise ModelError(

@@ -8,7 +8,6 @@ ONNX; tests hold the two against each other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ...cache.scorers import find_scorer
+from ...export.operators.portable import rope_constants
+from ...export.package import Package
 from ...export.portable_layout import OBSERVED
 from ...export.spec import ModelSpec
 
@@ -25,18 +26,23 @@ POOL = 5  # neighbours that SnapKV smooths over
 ALWAYS = np.float32(3e38)  # the score of what is never given up
 
 
-def fitted_graph(file: Path, storage: str, scorer: str) -> onnx.ModelProto:
+def fitted_graph(package: Package, storage: str, scorer: str) -> onnx.ModelProto:
     """The package's graph with keys and values in ``storage``, and with the queries that ``scorer`` looks at.
 
     Its weights stay where they are: in the file beside it.
     """
-    model = onnx.load(str(file), load_external_data=False)
+    model = onnx.load(str(package.model_file), load_external_data=False)
+    changes: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]] = {}
+    if package.yarn_factor > 1:
+        changes |= {"rope.all." + name: values for name, values in rope_constants(package.spec.rope).items()}
     observed = find_scorer(scorer).observed_queries
     if observed:
-        start = next(tensor for tensor in model.graph.initializer if tensor.name == OBSERVED)
-        start.CopyFrom(numpy_helper.from_array(np.array([-observed], np.int64), OBSERVED))
+        changes[OBSERVED] = np.array([-observed], np.int64)
     else:
         _drop_queries(model.graph)
+    for tensor in model.graph.initializer:
+        if tensor.name in changes:
+            tensor.CopyFrom(numpy_helper.from_array(changes[tensor.name], tensor.name))
     if ELEMENTS[storage] != TensorProto.FLOAT:
         _store_as(model.graph, ELEMENTS[storage])
     return model

@@ -111,6 +111,7 @@ USAGE = [
     (["DOC", "What?", "--kv", "sinks=many"], "kv sinks='many' is not a number of tokens"),
     (["DOC", "What?", "--kv", "scorer=dice"], "kv scorer='dice' is not known"),
     (["DOC", "What?", "--device", "abacus"], "Invalid value for '--device'"),
+    (["DOC", "What?", "--rope", "linear"], "rope 'linear' is not known; give as-trained, yarn, or yarn:FACTOR"),
     (["DOC", "What?", "--threads", "0"], "Invalid value for '--threads'"),
     (["DOC", "What?", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
     (["DOC", "What?", "--temperature", "-1"], "Invalid value for '--temperature'"),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_folders import LLAMA3
 from numpy.typing import NDArray
 from satchel import kernels
 from satchel.cache import CacheSettings, KVCache
@@ -43,10 +44,6 @@ SMALL: dict[str, Any] = {
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 5.0, 9.0],
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,

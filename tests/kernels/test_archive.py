@@ -227,21 +227,14 @@ def test_what_came_from_several_stores() -> None:
     talk.check(1)
 
 
-def test_no_sinks() -> None:
-    talk = Talk(sinks=0)
+@pytest.mark.parametrize("nothing", ["sinks", "recall"])
+def test_no_sinks_or_nothing_recalled(nothing: str) -> None:
+    talk = Talk(**{nothing: 0})
     talk.read(300)
     talk.store(256)
     talk.check(1)
     talk.check(30)
-
-
-def test_nothing_is_recalled() -> None:
-    talk = Talk(recall=0)
-    talk.read(300)
-    talk.store(256)
-    talk.check(1)
-    talk.check(30)
-    assert talk.cache.recalled(0, 0) == []
+    assert (talk.cache.recalled(0, 0) == []) == (nothing == "recall")
 
 
 def test_without_digests_the_latest_blocks_come() -> None:

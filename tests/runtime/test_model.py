@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from reference_model import reference_from_package
 from satchel import kernels
 from satchel.devices.sizes import parse_size
-from satchel.errors import ClosedError, ContextLengthError, DocumentError, MemoryLimitError, OptionError
+from satchel.errors import ClosedError, ContextLengthError, DocumentError, MemoryLimitError, ModelError, OptionError
 from satchel.runtime import Model
 
 Load = Callable[..., Model]
@@ -45,6 +45,29 @@ PARITY: dict[str, tuple[dict[str, Any], str, float]] = {
 def assert_close(got: NDArray[Any], expected: NDArray[Any], share: float) -> None:
     assert got.shape == expected.shape
     assert np.abs(got - expected).max() <= share * np.ptp(expected)
+
+
+def test_rope_yarn_is_what_a_file_with_yarn_says(load_tiny: Load) -> None:
+    plain = {**EXACT, "architecture": "llama", "context_length": 64}
+    ours = load_tiny(plain, kv={"storage": "fp32"}, rope="yarn:4")
+    theirs = load_tiny({**plain, "metadata": YARN}, kv={"storage": "fp32"})
+    expected = theirs.logits(IDS)
+    assert_close(ours.logits(IDS), expected, 1e-6)
+    as_trained = load_tiny(plain, kv={"storage": "fp32"})
+    assert np.abs(as_trained.logits(IDS) - expected).max() > 1e-3 * np.ptp(expected)
+    assert ours.context_length == 256
+    assert ours.package.fingerprint != as_trained.package.fingerprint, "their snapshots must not be mixed up"
+
+
+@pytest.mark.parametrize("rope", ["yarn:1", "yarn:", "yarn:x", "yarn:nan", "yarn:65", "linear", "yarn4", ""])
+def test_bad_rope(load_tiny: Load, rope: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(f"rope {rope!r} is not known; give as-trained, yarn")):
+        load_tiny(rope=rope)
+
+
+def test_what_is_scaled_already_is_not_stretched(load_tiny: Load) -> None:
+    with pytest.raises(ModelError, match=r"scales its positions already \(yarn\); leave out --rope"):
+        load_tiny({**EXACT, "architecture": "llama", "metadata": YARN}, rope="yarn")
 
 
 @pytest.mark.parametrize("name", PARITY)

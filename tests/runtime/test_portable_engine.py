@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def test_it_keeps_what_the_native_flavour_keeps(export_tiny: Export, scorer: str
         found.append(kept(cache, package.spec.layers, package.spec.kv_heads))
     assert found[0] == found[1]
     assert np.abs(rows[0] - rows[1]).max() <= 1e-3 * np.ptp(rows[0])
+
+
+def test_stretched_positions_are_those_of_the_native_flavour(export_tiny: Export) -> None:
+    rows = []
+    for flavour, factor in (("native", 1.0), ("native", 4.0), ("portable", 4.0)):
+        package = replace(export_tiny(flavour, architecture="gemma3", context_length=256), yarn_factor=factor)
+        engine = open_engine(package, 2, settings("recency"))
+        rows.append(read(engine, engine.new_cache(settings("recency"), hot_tokens=None), IDS))
+    assert np.abs(rows[1] - rows[2]).max() <= 1e-3 * np.ptp(rows[1])
+    assert np.abs(rows[0] - rows[2]).max() > 1e-2 * np.ptp(rows[1])
 
 
 def test_after_a_pruned_text_it_goes_on_from_where_the_text_ended(export_tiny: Export) -> None:
@@ -211,7 +222,7 @@ def test_what_it_cannot_do_is_refused(export_tiny: Export, engine: PortableEngin
         open_engine(export_tiny(), 2, settings("expected-attention"))
     with pytest.raises(OptionError, match="kv scorer='recency' differs from 'snapkv'"):
         engine.new_cache(settings("recency"), hot_tokens=None)
-    with pytest.raises(ModelError, match="native flavour, which runs on device cpu, not on cuda; export .* portable"):
+    with pytest.raises(ModelError, match="native flavour, which runs on device cpu, not cuda; export .* portable"):
         open_engine(export_tiny("native"), 2, settings(), "cuda")
     with pytest.raises(satchel.SatchelError, match="cannot be saved"):
         engine.new_cache(settings(), hot_tokens=None).snapshot_bytes()
