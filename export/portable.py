@@ -1,13 +1,11 @@
 """The portable flavour of a package: a graph over stock operators, with weights in MatMulNBits' form.
 
-Codes without a minimum are carried over as the native flavour has them (5 and 6 bits take 8 here, with the same
-scales). Where the native flavour keeps a minimum for each block, weights are rounded anew: to 8 bits, or, in the layers
-of a package of 4 bits, to 4 bits with a zero point.
+The codes and factors are the native flavour's; 5 and 6 bits take 8 here. A minimum of a block, which MatMulNBits does
+not know, is an offset beside it: what it adds is the sum of the block's inputs times the offset.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +13,11 @@ import numpy as np
 from ..devices.reporting import Progress
 from ..errors import ModelError
 from .architectures import DecoderModel
-from .blocks import CARRIED, BlockTensor, Bytes, Floats, carry_over, to_float
+from .blocks import CARRIED, BlockFormat, BlockTensor, Bytes, Floats, carry_over, to_float
 from .native import GRAPH_BYTES
 from .package import DATA_FILE, MODEL_FILE
 from .portable_layout import matrix_parts
-from .quantize import EIGHT, FOUR, quantize, quantize_with_zeros, stored_factors
+from .quantize import quantize, stored_factors
 from .sources import Source
 from .weights import (
     PAGE_BYTES,
@@ -53,7 +51,7 @@ class PortableFlavour:
             )
         self.model = share_embedding(model, source)
         self._source = source
-        self._matrices = [_portable(planned, bits) for planned in plan_matrices(self.model, source, bits)]
+        self._matrices = plan_matrices(self.model, source, bits)
 
     @property
     def bytes_needed(self) -> int:
@@ -80,14 +78,6 @@ class PortableFlavour:
         return records
 
 
-def _portable(planned: PlannedMatrix, bits: int) -> PlannedMatrix:
-    """The same matrix without minima."""
-    if not planned.form.has_min:
-        return planned
-    in_layer = planned.weight.role.startswith("layers.")
-    return dataclasses.replace(planned, form=FOUR if bits == 4 and in_layer else EIGHT, exact=False)
-
-
 def _stored_bits(planned: PlannedMatrix) -> int:
     return 4 if planned.form.bits == 4 else 8
 
@@ -99,7 +89,7 @@ def _stored_bytes(planned: PlannedMatrix) -> int:
 
 
 def _write_matrix(planned: PlannedMatrix, out: WeightFile) -> MatrixRecord:
-    """Streams the codes into the weight file, then scales and zero points (an eighth of them, in memory till then).
+    """Streams the codes into the weight file, then scales and offsets (an eighth of them each, in memory till then).
 
     Raises:
         ModelError: it holds NaN or infinity, or the source ends early.
@@ -107,21 +97,21 @@ def _write_matrix(planned: PlannedMatrix, out: WeightFile) -> MatrixRecord:
     offset, form, tensor = out.align(), planned.form, planned.source
     rows, columns = planned.weight.shape
     bits, meter = _stored_bits(planned), ErrorMeter()
-    multiplier = 1.0 if form.has_min else multiplier_of(planned)
+    multiplier = multiplier_of(planned)
     scales: list[Floats] = []
-    zeros: list[Bytes] = []
+    offsets: list[Floats] = []
     for raw in raw_chunks(planned):
-        codes, factors, points = _converted(raw, planned, multiplier, meter)
-        out.write((_paired(codes) if bits == 4 else codes).tobytes())
-        scales.append(factors)
-        if points is not None:
-            zeros.append(_paired(points))
+        chunk = _stored_chunk(raw, planned, multiplier, meter)
+        out.write(_unsigned(chunk).tobytes())
+        scales.append(chunk.scales)
+        if chunk.mins is not None:
+            offsets.append(chunk.mins + chunk.scales * np.float32(_middle(form)))
     parts = matrix_parts(rows, columns, bits, form.block, form.has_min, offset)
-    for place, arrays in ((parts.scales, scales), (parts.zeros, zeros)):
+    for place, arrays in ((parts.scales, scales), (parts.offsets, offsets)):
         if place is not None:
             out.write(bytes(place[0] - out.size))
             for array in arrays:
-                out.write(array.tobytes())
+                out.write(array.astype(np.float32).tobytes())
     assert out.size == parts.end
     max_error, rms_error = meter.relative()
     return MatrixRecord(
@@ -131,38 +121,35 @@ def _write_matrix(planned: PlannedMatrix, out: WeightFile) -> MatrixRecord:
     )  # fmt: skip
 
 
-def _converted(
-    raw: Bytes, planned: PlannedMatrix, multiplier: float, meter: ErrorMeter
-) -> tuple[Bytes, Floats, Bytes | None]:
-    """Codes uint8 [rows, columns], scales [rows, blocks], and zero points where they are not in the middle."""
+def _stored_chunk(raw: Bytes, planned: PlannedMatrix, multiplier: float, meter: ErrorMeter) -> BlockTensor:
+    """Some rows with the factors that the native flavour stores of them."""
     type_name, form = planned.source.type_name, planned.form
-    if form.has_min:
+    if not planned.exact:
         values = to_float(raw, type_name)
-        check_finite(float(np.abs(values).max()), planned.source)
-        codes, scales, zeros = quantize_with_zeros(values, form)
-        steps = (codes.astype(np.float32) - np.repeat(zeros, form.block, axis=1)).astype(np.float32)
-        meter.add(values, steps * np.repeat(scales, form.block, axis=1))
-        return codes, scales, zeros
-    if planned.exact:
-        chunk = carry_over(raw, type_name)
-        check_finite(chunk.largest_factor(), planned.source)
-        stored = chunk.scales if CARRIED[type_name].half_factors else stored_factors(chunk.scales, multiplier)
-        rounded = BlockTensor(form, chunk.codes, stored)
-        if not CARRIED[type_name].half_factors:
-            meter.add(chunk.dequantize(), rounded.dequantize())
-    else:
-        values = to_float(raw, type_name)
-        rounded = quantize(values, form, multiplier)
-        meter.add(values, rounded.dequantize())
+        stored = quantize(values, form, multiplier)
+        meter.add(values, stored.dequantize())
+        return stored
+    chunk = carry_over(raw, type_name)
+    check_finite(chunk.largest_factor(), planned.source)
+    if CARRIED[type_name].half_factors:
+        return chunk
+    mins = None if chunk.mins is None else stored_factors(chunk.mins, multiplier)
+    stored = BlockTensor(form, chunk.codes, stored_factors(chunk.scales, multiplier), mins)
+    meter.add(chunk.dequantize(), stored.dequantize())
+    return stored
+
+
+def _middle(form: BlockFormat) -> int:
+    """The code that MatMulNBits' zero, in the middle of its codes, stands for; 0 for signed codes."""
+    return 1 << (form.bits - 1) if form.has_min else 0
+
+
+def _unsigned(chunk: BlockTensor) -> Bytes:
+    """Codes whose zero is in the middle of 4 or 8 bits; of 4 bits two neighbours a byte, the first in the low half."""
+    form, codes = chunk.format, chunk.codes
     if form.bits == 4:
-        return rounded.codes, rounded.scales, None
-    middle = 128 if form.bits == 8 else 128 - form.zero  # int8 bytes turn into uint8 by their highest bit
-    return (rounded.codes + np.uint8(middle)).astype(np.uint8), rounded.scales, None
-
-
-def _paired(codes: Bytes) -> Bytes:
-    """Two neighbours of 4 bits a byte, the first in the low half; an odd last one with zeros: uint8 [rows, n / 2]."""
-    if codes.shape[1] % 2:
-        codes = np.concatenate([codes, np.zeros((len(codes), 1), np.uint8)], axis=1)
-    paired: Bytes = codes[:, ::2] | codes[:, 1::2] << np.uint8(4)
-    return paired
+        paired: Bytes = codes[:, ::2] | codes[:, 1::2] << np.uint8(4)
+        return paired
+    # an int8 byte becomes an unsigned one when its highest bit is turned
+    raised: Bytes = codes + np.uint8(128 if form.bits == 8 else 128 - (1 << (form.bits - 1)))
+    return raised

@@ -2,8 +2,7 @@
 
 A matrix is three tensors one after the other, each aligned to ``ALIGN`` bytes: codes uint8 [rows, blocks, block *
 bits / 8] (4 bits: two neighbours a byte, the first in the low half), scales float32 [rows, blocks], and, with
-``has_min``, zero points uint8 [rows, ceil(blocks / 2)], two a byte. w = scale * (code - zero); without zero points zero
-is 2^(bits - 1).
+``has_min``, offsets float32 [rows, blocks]. w = scale * (code - 2^(bits - 1)) (+ offset).
 """
 
 from __future__ import annotations
@@ -34,30 +33,25 @@ def windows_of(spec: ModelSpec) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class MatrixParts:
-    """(offset, bytes) of the tensors of a matrix that starts at ``offset``; ``zeros`` None: it has none."""
+    """(offset, bytes) of the tensors of a matrix that starts at ``offset``; ``offsets`` None: it has none."""
 
     codes: tuple[int, int]
     scales: tuple[int, int]
-    zeros: tuple[int, int] | None
+    offsets: tuple[int, int] | None
 
     @property
     def end(self) -> int:
         """Where the last one ends."""
-        return sum(self.zeros or self.scales)
+        return sum(self.offsets or self.scales)
 
 
-def matrix_parts(rows: int, columns: int, bits: int, block: int, has_zeros: bool, offset: int = 0) -> MatrixParts:
+def matrix_parts(rows: int, columns: int, bits: int, block: int, has_offsets: bool, offset: int = 0) -> MatrixParts:
     """Where the tensors of a matrix are."""
     blocks = columns // block
     codes = (offset, rows * columns * bits // 8)
     scales = (_aligned(sum(codes)), rows * blocks * 4)
-    zeros = (_aligned(sum(scales)), rows * zero_bytes(blocks)) if has_zeros else None
-    return MatrixParts(codes, scales, zeros)
-
-
-def zero_bytes(blocks: int) -> int:
-    """Bytes of the zero points of a row."""
-    return (blocks + 1) // 2
+    offsets = (_aligned(sum(scales)), rows * blocks * 4) if has_offsets else None
+    return MatrixParts(codes, scales, offsets)
 
 
 def _aligned(offset: int) -> int:

@@ -39,37 +39,6 @@ def quantize(values: Floats, form: BlockFormat, multiplier: float) -> BlockTenso
     )
 
 
-def quantize_with_zeros(values: Floats, form: BlockFormat) -> tuple[Bytes, Floats, Bytes]:
-    """float32 [rows, columns] → codes uint8 [rows, columns], scales float32 and zero points uint8 [rows, blocks]:
-    w = scale * (code - zero), for operators that know no other minimum than a whole number of steps.
-    """
-    rows, columns = values.shape
-    blocks, top = values.reshape(-1, form.block), (1 << form.bits) - 1
-    low = np.minimum(blocks.min(axis=1, keepdims=True), 0)
-    high = np.maximum(blocks.max(axis=1, keepdims=True), 0)
-    best_scale, best_zero = np.zeros_like(low), np.zeros_like(low)
-    best_error = np.full_like(low, np.inf)
-    for trial in TRIALS[form.bits]:
-        scale = (high - low) / np.float32(top * trial)
-        zero = np.clip(np.rint(np.float32(top / 2) - (high + low) / 2 * _inverse(scale)), 0, top)
-        for _ in range(1 + REFINEMENTS):
-            steps = np.clip(np.rint(blocks * _inverse(scale)) + zero, 0, top) - zero
-            square = np.einsum("bk,bk->b", steps, steps)[:, None]
-            scale = np.einsum("bk,bk->b", blocks, steps)[:, None] * _inverse(square)
-        rest = blocks - steps * scale
-        error = np.einsum("bk,bk->b", rest, rest)[:, None]
-        better = error < best_error
-        best_scale, best_zero = np.where(better, scale, best_scale), np.where(better, zero, best_zero)
-        best_error = np.where(better, error, best_error)
-    codes = np.clip(np.rint(blocks * _inverse(best_scale)) + best_zero, 0, top)
-    shape = (rows, columns // form.block)
-    return (
-        codes.astype(np.uint8).reshape(rows, columns),
-        best_scale.astype(np.float32).reshape(shape),
-        best_zero.astype(np.uint8).reshape(shape),
-    )
-
-
 def stored_factors(factors: Floats, multiplier: float) -> Floats:
     """What the kernel will see of ``factors``: rounded to float16 times the multiplier."""
     limit = np.float32(HALF_MAX * multiplier)

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ...errors import ModelError
-from ..portable_layout import OBSERVED, OBSERVED_QUERIES, matrix_parts, state_name, windows_of, zero_bytes
+from ..portable_layout import OBSERVED, OBSERVED_QUERIES, matrix_parts, state_name, windows_of
 from ..rope import rope_frequencies
 from ..spec import ModelSpec, RopeSpec
 from ..weights import MatrixRecord
@@ -37,23 +37,29 @@ class PortableOperators(Operators):
         self._made: set[str] = set()  # what layers share
 
     def embedding(self, ids: str, output: str) -> str:
-        record = self.matrices["embedding"]
-        codes, scales = self._matrix("embedding", three_dimensions=True)[:2]
-        rows = self.parts.node(
+        record, node = self.matrices["embedding"], self.parts.node
+        codes, scales, *offsets = self._matrix("embedding", three_dimensions=True)
+        rows = node(
             "GatherBlockQuantized", [codes, ids, scales], [output + ".blocks"], MICROSOFT,
             bits=record.bits, block_size=record.block, gather_axis=0, quantize_axis=2,
         )  # fmt: skip
+        if offsets:
+            rows = node("Add", [rows, node("Gather", [offsets[0], ids], [output + ".offsets"])], [output + ".moved"])
         shape = self.parts.constant("shape.hidden", np.array([-1, self.spec.hidden], np.int64))
         return self._scaled(self.spec.embedding_multiplier, "Reshape", [rows, shape], output)
 
     def linear(self, x: str, role: str, output: str, scale: float = 1.0) -> str:
         record, bias = self.matrices[role], role + ".bias"
         attributes = {"K": record.columns, "N": record.rows, "bits": record.bits, "block_size": record.block}
-        inputs = [x, *self._matrix(role)]
-        if bias not in self.parts.vectors:
-            return self._scaled(scale, "MatMulNBits", inputs, output, MICROSOFT, **attributes)
-        product = self.parts.node("MatMulNBits", inputs, [output + ".product"], MICROSOFT, **attributes)
-        return self._scaled(scale, "Add", [product, self.parts.vector(bias)], output)
+        codes, scales, *offsets = self._matrix(role)
+        terms = [self.parts.vector(bias)] if bias in self.parts.vectors else []
+        if offsets:
+            sums = self._block_sums(x, record)
+            terms = [self.parts.node("Gemm", [sums, offsets[0], *terms], [output + ".offset"], transB=1)]
+        if not terms:
+            return self._scaled(scale, "MatMulNBits", [x, codes, scales], output, MICROSOFT, **attributes)
+        product = self.parts.node("MatMulNBits", [x, codes, scales], [output + ".product"], MICROSOFT, **attributes)
+        return self._scaled(scale, "Add", [product, *terms], output)
 
     def attention(self, query: str, key: str, value: str, layer: int, output: str) -> str:
         spec, parts, window = self.spec, self.parts, windows_of(self.spec)[layer]
@@ -96,19 +102,27 @@ class PortableOperators(Operators):
         return found["past"], found["present"]
 
     def _matrix(self, role: str, *, three_dimensions: bool = False) -> list[str]:
-        """Codes, scales and, if it has them, zero points; the embedding's gather wants scales of 3 dimensions."""
+        """Codes, scales and, if it has them, offsets; the embedding's gather wants factors of 3 dimensions."""
         record, external = self.matrices[role], self.parts.external
         rows, blocks = record.rows, record.columns // record.block
         places = matrix_parts(rows, record.columns, record.bits, record.block, record.has_min, record.offset)
-        dims = [rows, blocks, record.block * record.bits // 8]
-        found = [external(role, TensorProto.UINT8, dims, places.codes)]
-        if three_dimensions:
-            found.append(external(role + ".scales_3d", TensorProto.FLOAT, [rows, blocks, 1], places.scales))
-        else:
-            found.append(external(role + ".scales", TensorProto.FLOAT, [rows, blocks], places.scales))
-        if places.zeros is not None:
-            found.append(external(role + ".zeros", TensorProto.UINT8, [rows, zero_bytes(blocks)], places.zeros))
+        found = [external(role, TensorProto.UINT8, [rows, blocks, record.block * record.bits // 8], places.codes)]
+        dims, end = ([rows, blocks, 1], "_3d") if three_dimensions else ([rows, blocks], "")
+        for name, place in (("scales", places.scales), ("offsets", places.offsets)):
+            if place is not None:
+                found.append(external(f"{role}.{name}{end}", TensorProto.FLOAT, dims, place))
         return found
+
+    def _block_sums(self, x: str, record: MatrixRecord) -> str:
+        """The sum of each block of x: float32 [T, blocks], made once for all matrices that read x."""
+        name = f"{x}.sums_{record.block}"
+        if name not in self._made:
+            self._made.add(name)
+            dims = np.array([-1, record.columns // record.block, record.block], np.int64)
+            shape = self.parts.constant(f"shape.blocks_{record.columns}_{record.block}", dims)
+            split = self.parts.node("Reshape", [x, shape], [name + ".split"])
+            self.parts.node("ReduceSum", [split, self._number("axis.2", 2)], [name], keepdims=0)
+        return name
 
     def _scaled(
         self, scale: float, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: int
