@@ -52,7 +52,10 @@ class PortableEngine(Engine):
         self.package = package
         self.spec = package.spec
         self.settings = settings
-        self.windows = windows_of(package.manifest.spec)  # as the graph has them, however far it is stretched
+        self.layer_windows = windows_of(package.manifest.spec)  # as the graph has them, however far it is stretched
+        self.windows = tuple(window and max(self.layer_windows) for window in self.layer_windows)
+        if not any(self.windows):
+            self.windows = ()
         self.storage_bytes = ELEMENT[settings.storage].itemsize
         self._device = find_device(device)
         self._threads = threads
@@ -120,6 +123,16 @@ class PortableEngine(Engine):
             cache.append(tensors, count)
         row: NDArray[np.float32] = found[0].numpy()[0]
         return row
+
+    def mark(self, cache: ConversationCache) -> None:
+        """Keeps what layers with a window would forget, for `ConversationCache.forget_from`."""
+        assert isinstance(cache, PortableCache), "a cache of another engine"
+        cache.mark()
+
+    def release_mark(self, cache: ConversationCache) -> None:
+        """Gives back what only `mark` has kept."""
+        assert isinstance(cache, PortableCache), "a cache of another engine"
+        cache.release_mark()
 
     def cancel(self, cache: ConversationCache | None = None) -> None:
         """At the next operator."""

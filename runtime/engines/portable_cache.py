@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from ...errors import SnapshotError
 from ...export.spec import ModelSpec
 
 Slots = NDArray[np.int64]
+WINDOW_SLACK = 64  # tokens beyond a window before they are cut off: not at each step
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class CacheDevice(Protocol):
     """What the cache asks of the engine: work on tensors where they are."""
 
     spec: ModelSpec
-    windows: tuple[int, ...]
+    layer_windows: tuple[int, ...]
     storage_bytes: int
 
     def empty_layers(self) -> list[LayerState]: ...
@@ -78,6 +79,7 @@ class PortableCache:
         self.query_positions: Slots = np.zeros(0, np.int64)
         self._device = device
         self._limit_bytes = limit_bytes
+        self._mark: tuple[int, dict[int, LayerState]] | None = None
         self._family: weakref.WeakSet[PortableCache] = weakref.WeakSet([self])
 
     @property
@@ -86,38 +88,54 @@ class PortableCache:
 
     def close(self) -> None:
         """Frees the memory; using the cache afterwards is an error."""
-        self.layers = []
+        self.layers, self._mark = [], None
         self._family.discard(self)
 
     def fork(self) -> PortableCache:
         """Another conversation with the same past: the tensors are shared for good, new ones are each one's own."""
         twin = object.__new__(PortableCache)
         twin.__dict__.update(self.__dict__)
-        twin.layers = list(self.layers)
+        twin.layers, twin._mark = list(self.layers), None
         self._family.add(twin)
         return twin
+
+    def states(self) -> list[LayerState]:
+        """All that it holds, what is marked included."""
+        return [*self.layers, *(self._mark[1].values() if self._mark else ())]
 
     def require_room(self, tokens: int) -> None:
         """Before a run of ``tokens``. Raises CacheFullError when its tensors beside the present ones are too much."""
         if not self._limit_bytes:
             return
-        held = {id(state): state for cache in self._family for state in cache.layers}
+        held = {id(state.key): state for cache in self._family for state in cache.states()}
         after = sum(self._bytes(state.tokens + tokens) for state in self.layers)
         needed = sum(self._bytes(state.tokens) for state in held.values()) + after
         if needed > self._limit_bytes:
             raise CacheFullError(f"{FULL_MESSAGE} of {self._limit_bytes} bytes: {needed}")
 
     def append(self, tensors: Sequence[tuple[ort.OrtValue, ort.OrtValue, ort.OrtValue | None]], tokens: int) -> None:
-        """What a run of ``tokens`` has made of each layer: key, value, queries."""
-        self.layers = [
+        """What a run of ``tokens`` has made of each layer: key, value, queries. Layers with a window forget what no
+        later token sees.
+        """
+        total = self.total_tokens + tokens
+        layers = [
             LayerState(key, value, queries, state.kept, state.first)
             for state, (key, value, queries) in zip(self.layers, tensors, strict=True)
         ]
-        queries = tensors[0][2]
-        if queries is not None:
-            new = np.arange(self.total_tokens, self.total_tokens + tokens)
-            self.query_positions = np.concatenate([self.query_positions, new])[-queries.shape()[0] :]
-        self.total_tokens += tokens
+        self.layers, observed = self._trimmed(layers, total, WINDOW_SLACK), tensors[0][2]
+        if observed is not None:
+            new = np.arange(self.total_tokens, total)
+            self.query_positions = np.concatenate([self.query_positions, new])[-observed.shape()[0] :]
+        self.total_tokens = total
+
+    def mark(self) -> None:
+        """Keeps the layers with a window as they are: `forget_from` can come back here, whatever is read."""
+        windows = self._device.layer_windows
+        self._mark = self.total_tokens, {layer: self.layers[layer] for layer, window in enumerate(windows) if window}
+
+    def release_mark(self) -> None:
+        """Gives back what only `mark` has kept."""
+        self._mark = None
 
     def forget_from(self, position: int) -> None:
         """Forgets all tokens at ``position`` and later. Where heads have kept different numbers of earlier ones, the
@@ -126,20 +144,26 @@ class PortableCache:
         if position >= self.total_tokens:
             return
         left = int(np.searchsorted(self.query_positions, position))
-        self.query_positions = self.query_positions[:left]
-        counts = [(state.positions() < position).sum(axis=1) for state in self.layers]
-        windows = [bool(window) for window in self._device.windows]
+        windows = [bool(window) for window in self._device.layer_windows]
+        layers = list(self.layers)
+        if self._mark is not None and self._mark[0] == position:  # what has left the windows since then is there
+            for layer, state in self._mark[1].items():
+                layers[layer] = replace(state, queries=layers[layer].queries)
+        counts = [(state.positions() < position).sum(axis=1) for state in layers]
         least = {kind: min(int(each.min()) for each, its in zip(counts, windows, strict=True) if its == kind)
                  for kind in set(windows)}  # fmt: skip
         self.layers = [
             self._before(state, position, _newest(each, least[kind], self.settings.sinks), left)
-            for state, each, kind in zip(self.layers, counts, windows, strict=True)
+            for state, each, kind in zip(layers, counts, windows, strict=True)
         ]
+        self.query_positions = self.query_positions[:left]
         self.total_tokens = position
 
     def held_tokens(self) -> int:
         """Tokens per KV head in the layers that see everything; in those with a window if there are no others."""
-        whole = [state.tokens for state, window in zip(self.layers, self._device.windows, strict=True) if not window]
+        whole = [
+            state.tokens for state, window in zip(self.layers, self._device.layer_windows, strict=True) if not window
+        ]
         return max(whole or (state.tokens for state in self.layers))
 
     def usage(self) -> KVUsage:
@@ -150,23 +174,19 @@ class PortableCache:
         """Prunes each layer to ``hot_tokens`` per KV head (None: the cache's own budget, if it has one).
 
         Layers with a window keep the newest tokens, as many as the longest window has, whatever the budget: their
-        attention counts slots, so that these must be neighbours, and nothing else is seen.
+        attention counts slots, so that these must be neighbours, and sees nothing else.
         """
         budget = self.hot_tokens if hot_tokens is None else hot_tokens
         if budget is None:
             return
-        window = max(self._device.windows)
-        for layer, state in enumerate(self.layers):
-            limit = window if self._device.windows[layer] else budget
-            if state.tokens <= limit:
-                continue
-            if self._device.windows[layer]:
-                slots = np.arange(state.tokens - limit, state.tokens)
-                self.layers[layer] = self._gathered(state, np.broadcast_to(slots, (len(state.kept), limit)))
+        layers = self._trimmed(self.layers, self.total_tokens, 0)
+        for layer, state in enumerate(layers):
+            if self._device.layer_windows[layer] or state.tokens <= budget:
                 continue
             slots, key, value = self._device.prune(layer, state, self.query_positions, self.settings, budget)
             kept = np.take_along_axis(state.positions(), slots, axis=1)
-            self.layers[layer] = LayerState(key, value, state.queries, kept, self.total_tokens)
+            layers[layer] = LayerState(key, value, state.queries, kept, self.total_tokens)
+        self.layers = layers
 
     def sections(self) -> list[Any]:
         """Raises SnapshotError: the portable engine saves nothing."""
@@ -180,10 +200,17 @@ class PortableCache:
         spec = self._device.spec
         return 2 * spec.kv_heads * tokens * spec.head_size * self._device.storage_bytes
 
-    def _gathered(self, state: LayerState, slots: Slots) -> LayerState:
-        key, value = self._device.gather(state, slots)
-        kept = np.take_along_axis(state.positions(), slots, axis=1)
-        return LayerState(key, value, state.queries, kept, self.total_tokens)
+    def _trimmed(self, layers: Sequence[LayerState], total: int, slack: int) -> list[LayerState]:
+        """The layers after ``total`` tokens, those with a window cut to it if they hold ``slack`` more."""
+        window, found = max(self._device.layer_windows), list(layers)
+        for layer, state in enumerate(found):
+            if self._device.layer_windows[layer] and state.tokens > window + slack:
+                slots = np.arange(state.tokens - window, state.tokens)
+                slots = np.broadcast_to(slots, (len(state.kept), window))
+                key, value = self._device.gather(state, slots)
+                kept = np.take_along_axis(state.positions(), slots, axis=1)
+                found[layer] = LayerState(key, value, state.queries, kept, total)
+        return found
 
     def _before(self, state: LayerState, position: int, slots: Slots, queries_left: int) -> LayerState:
         key, value = self._device.gather(state, slots)

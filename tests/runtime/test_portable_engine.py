@@ -17,7 +17,7 @@ from satchel.export.exporter import export_model
 from satchel.export.package import Package
 from satchel.runtime import Model
 from satchel.runtime.engines import Cancelled, PortableEngine, find_device, open_engine
-from satchel.runtime.engines.portable_cache import PortableCache
+from satchel.runtime.engines.portable_cache import WINDOW_SLACK, PortableCache
 
 IDS = np.random.default_rng(5).integers(0, 250, 160).tolist()
 SCORERS = ("recency", "keydiff", "snapkv")
@@ -124,6 +124,24 @@ def test_windowed_and_whole_layers_are_pruned_apart(export_tiny: Export) -> None
     cache.demote()
     assert [state.tokens for state in cache.layers] == [24, 48, 24, 48]  # type: ignore[attr-defined]
     assert cache.layers[0].positions().tolist() == [list(range(136, 160))] * 2  # type: ignore[attr-defined]
+
+
+def test_layers_with_a_window_do_not_grow_and_a_mark_brings_them_back(export_tiny: Export) -> None:
+    engine = open_engine(export_tiny(architecture="gemma3", layers=4), 2, settings())  # windows of 24
+    assert isinstance(engine, PortableEngine)
+    assert engine.windows == (24, 0, 24, 0)
+    cache, other = (engine.new_cache(settings(), hot_tokens=None) for _ in range(2))
+    for each in (cache, other):
+        read(engine, each, IDS[:60])
+    engine.mark(cache)
+    for token in IDS[:130]:
+        engine.run([token], cache)
+        assert cache.layers[0].tokens <= 24 + WINDOW_SLACK
+    assert cache.held_tokens() == 190
+    assert cache.layers[0].positions()[0, 0] > 60
+    cache.forget_from(60)
+    engine.release_mark(cache)
+    np.testing.assert_allclose(engine.run(IDS[140:150], cache), engine.run(IDS[140:150], other), atol=1e-5)
 
 
 def test_a_cancelled_run_leaves_the_cache_as_it_was(engine: PortableEngine, monkeypatch: pytest.MonkeyPatch) -> None:
