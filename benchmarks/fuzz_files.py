@@ -234,6 +234,7 @@ def state_target(folder: Path) -> Target:
     kinds = [state_options(*names) for names in (
         (None, ""), ("q8", "landmark"), ("mikv", "minmax"), ("kvquant3", "channels"), ("grouped2", "centroid"),
         ("f16", "none"), ("q4", "centroid"))]  # fmt: skip
+    kinds.append({**kinds[0], "windows": (40,)})
     descriptor = os.open(folder / "payload", os.O_RDWR | os.O_CREAT)
     seeds = [saved_state(options, kind) for kind, options in enumerate(kinds)]
 
@@ -253,7 +254,7 @@ def state_target(folder: Path) -> Target:
             )
         except ValueError as error:
             raise SatchelError(str(error)) from None
-        use_state(cache)
+        use_state(cache, *options.get("windows", ()))
 
     for seed in seeds:  # none of them is refused
         run(seed)
@@ -273,30 +274,32 @@ def state_options(codec: str | None, retriever: str) -> dict[str, Any]:
 def saved_state(options: dict[str, Any], kind: int) -> bytes:
     """A seed: `STATE_TOKENS` tokens, `STATE_ARCHIVED` of them archived if there is an archive, and blocks chosen."""
     cache = kernels.KVCache(**options)
-    attend_noise(cache, 0, STATE_TOKENS - 1)
+    window = options.get("windows", (0,))[0]
+    attend_noise(cache, 0, STATE_TOKENS - 1, window)
     if options["archive"]:
         cache.archive(STATE_ARCHIVED)
         cache.drop_archived()
-    attend_noise(cache, STATE_TOKENS - 1, 1)
+    attend_noise(cache, STATE_TOKENS - 1, 1, window)
     blob = cache.save_layer(0)
     payload = [cache.read_payload(0, head, 0, STATE_ARCHIVED // 64) for head in range(2)] if options["archive"] else []
     return struct.pack("<I", len(blob)) + blob + b"".join(payload) + bytes([kind])
 
 
-def attend_noise(cache: kernels.KVCache, first: int, tokens: int) -> None:
+def attend_noise(cache: kernels.KVCache, first: int, tokens: int, window: int = 0) -> None:
     """Reads ``tokens`` random pairs."""
     rng = np.random.default_rng(first)
     q, k, v = (rng.normal(size=(tokens, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
     frequencies = (100.0 ** (-np.arange(8) / 8)).astype(np.float32)
-    cache.attend(0, q, k, v, np.arange(first, first + tokens), frequencies, scale=0.5)
+    cache.attend(0, q, k, v, np.arange(first, first + tokens), frequencies, scale=0.5, window=window)
     cache.commit()
 
 
-def use_state(cache: kernels.KVCache) -> None:
+def use_state(cache: kernels.KVCache, window: int = 0) -> None:
     """All that a conversation does: steps, chunks, archiving, forgetting, saving."""
     for position in range(STATE_TOKENS, STATE_TOKENS + 3):
-        attend_noise(cache, position, 1)
-    attend_noise(cache, STATE_TOKENS + 3, 220)
+        attend_noise(cache, position, 1, window)
+    cache.mark()
+    attend_noise(cache, STATE_TOKENS + 3, 220, window)
     with np.errstate(all="ignore"):
         for head in range(2):
             cache.read(0, head, rotated=False)
@@ -304,10 +307,22 @@ def use_state(cache: kernels.KVCache) -> None:
         cache.archive(cache.archived_until + 256)
         cache.drop_archived()
         attend_noise(cache, STATE_TOKENS + 223, 1)
-    cache.forget_from(100)
-    attend_noise(cache, 100, 2)
+    if window:
+        attempt_to_forget(cache, STATE_TOKENS, window)
+    attempt_to_forget(cache, 100, window)
     cache.save_layer(0)
     cache.close()
+
+
+def attempt_to_forget(cache: kernels.KVCache, position: int, window: int) -> None:
+    """Goes back and on from there, unless a layer with a window cannot."""
+    try:
+        cache.forget_from(position)
+    except RuntimeError as error:
+        if "cannot go back" not in str(error):
+            raise
+        return
+    attend_noise(cache, position, 2, window)
 
 
 def mutate_state(rng: random.Random, data: bytes) -> bytes:

@@ -6,7 +6,16 @@ Hot: pages of floats in RAM. Warm and cold: the archive, encoded, in RAM or on f
 from __future__ import annotations
 
 from .archive import ArchiveOptions
-from .kv_cache import FULL_MESSAGE, CacheFullError, CacheShape, KVCache, KVUsage
+from .kv_cache import FULL_MESSAGE, WINDOW_SLACK, CacheFullError, CacheShape, KVCache, KVUsage
 from .settings import CacheSettings
 
-__all__ = ["FULL_MESSAGE", "ArchiveOptions", "CacheFullError", "CacheSettings", "CacheShape", "KVCache", "KVUsage"]
+__all__ = [
+    "FULL_MESSAGE",
+    "WINDOW_SLACK",
+    "ArchiveOptions",
+    "CacheFullError",
+    "CacheSettings",
+    "CacheShape",
+    "KVCache",
+    "KVUsage",
+]

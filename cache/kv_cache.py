@@ -17,22 +17,37 @@ from .settings import CacheSettings
 from .snapshots.snapshot import Snapshot
 from .snapshots.state import SectionToWrite, layer_sections, restored_native, saved_bytes, total_tokens_of
 
+WINDOW_SLACK = 64  # as kernels/native/kv_cache.h has it
 FULL_MESSAGE = "KV cache needs more than its limit"  # of the native code, which can raise nothing but text
 
 
 class CacheFullError(Exception):
-    """The pages' byte limit is reached. For the runtime, which knows what to advise."""
+    """The pages' byte limit is reached, or what would have to be held was forgotten. For the runtime, which knows
+    what to advise."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a model's cache looks like: L layers, H query heads, KV key-value heads of size D."""
+    """What a model's cache looks like: L layers, H query heads, KV key-value heads of size D.
+
+    ``windows`` [L]: how many tokens each layer sees, the query's own included; 0: everything. Empty: no layer has one.
+    """
 
     layers: int
     heads: int
     kv_heads: int
     head_size: int
     scale: float
+    windows: tuple[int, ...] = ()
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Those that see everything: what they forget must be kept elsewhere, or is missed."""
+        return tuple(layer for layer in range(self.layers) if not self.window(layer))
+
+    def window(self, layer: int) -> int:
+        """Of a layer; 0: none."""
+        return self.windows[layer] if self.windows else 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,9 @@ class KVCache:
     ``hot_tokens`` None keeps everything, until one is set; with it `demote` leaves that many per KV head: the sinks,
     the window and the best-scored others. With an ``archive`` nothing is forgotten: what `demote` removes is kept
     there, and recalled when a query needs it.
+
+    Layers with a window are no part of this: they hold their window, and up to 127 tokens before it, however long the
+    text is. Only a budget that forgets, and that is shorter than a layer's window, holds for that layer as well.
     """
 
     def __init__(
@@ -105,6 +123,7 @@ class KVCache:
             "observed_queries": self._scorer.observed_queries,  # kept even with no budget: one may come later
             "limit_bytes": limit_bytes,
             "archive": archive.native(shape.head_size) if archive else None,
+            "windows": shape.windows,
         }
         self._native = kernels.KVCache(**self._options)
 
@@ -152,6 +171,11 @@ class KVCache:
         return self._native.closed
 
     @property
+    def shape(self) -> CacheShape:
+        """As it was made with."""
+        return self._shape
+
+    @property
     def settings(self) -> CacheSettings:
         """As it was made with."""
         return self._settings
@@ -187,9 +211,27 @@ class KVCache:
         self._native.rollback()
 
     def forget_from(self, position: int) -> None:
-        """Forgets all tokens at ``position`` and later, as if they had never been read."""
-        self._native.forget_from(position)
+        """Forgets all tokens at ``position`` and later, as if they had never been read.
+
+        Layers with a window can go back by `WINDOW_SLACK` tokens, or to a `mark`; the others anywhere.
+
+        Raises:
+            CacheFullError: a layer with a window has forgotten what a query at ``position`` would see, or there is no
+                room for what comes back from the archive. Nothing has changed.
+        """
+        try:
+            self._native.forget_from(position)
+        except RuntimeError as error:
+            raise CacheFullError(str(error)) from None
         self.total_tokens = min(self.total_tokens, position)
+
+    def mark(self) -> None:
+        """Keeps what layers with a window hold now, so that `forget_from` can come back here whatever is read."""
+        self._native.mark()
+
+    def release_mark(self) -> None:
+        """Gives the memory of what only `mark` has kept back."""
+        self._native.release_mark()
 
     def sections(self) -> list[SectionToWrite]:
         """What `SnapshotStore.save` writes; made as it is written, in memory for one layer's hot pages. The last run
@@ -209,9 +251,12 @@ class KVCache:
         return {"total_tokens": self.total_tokens}
 
     def held_tokens(self) -> int:
-        """Tokens per KV head that are in the hot tier now (of the head that holds most)."""
-        heads = range(self._shape.kv_heads)
-        return max(self._native.tokens(layer, head) for layer in range(self._shape.layers) for head in heads)
+        """Tokens per KV head that are in the hot tier now (of the head that holds most).
+
+        Of the layers that see everything; the others hold their window. Where all layers have one: of these.
+        """
+        layers = self._shape.full_layers or range(self._shape.layers)
+        return max(self._native.tokens(layer, head) for layer in layers for head in range(self._shape.kv_heads))
 
     def usage(self) -> KVUsage:
         """Bytes and tokens by tier."""
@@ -243,6 +288,8 @@ class KVCache:
             self._archive_before_window(self._archive, budget)
             return
         for layer in range(self._shape.layers):
+            if 0 < self._shape.window(layer) <= budget:
+                continue  # it holds its window
             if max(self._native.tokens(layer, head) for head in range(self._shape.kv_heads)) > budget:
                 try:
                     self._demote_layer(layer, budget)
@@ -251,8 +298,10 @@ class KVCache:
 
     def _demote_layer(self, layer: int, budget: int) -> None:
         view = self._view(layer)
-        scores = self._scorer.score(view)
+        scores, window = self._scorer.score(view), self._shape.window(layer)
         scores[:, : self._settings.sinks] = np.inf
+        if window:  # what no query to come sees, the sinks among it, makes room for the others
+            scores[view.positions <= self.total_tokens - window] = -np.inf
         scores[:, max(scores.shape[1] - self._settings.window, 0) :] = np.inf
         best = np.argpartition(scores, -budget, axis=1)[:, -budget:]
         self._native.retain_layer(layer, np.sort(best, axis=1).astype(np.int32))
@@ -266,7 +315,8 @@ class KVCache:
         beyond_reach = 0 < archive.reach < self.total_tokens
         scored = kept > 0 and not beyond_reach
         mixed = find_codec(archive.codec).mixed
-        scores = [self._archive_scores(layer, until) for layer in range(self._shape.layers)] if scored or mixed else []
+        layers = self._shape.full_layers
+        scores = [self._archive_scores(layer, until) for layer in layers] if scored or mixed else []
         blocks = None
         if mixed:
             tokens = np.stack([layer_scores[:, -(until - before) :] for layer_scores in scores])
@@ -274,7 +324,7 @@ class KVCache:
         try:
             self._native.archive(until, blocks, threads=self._threads)
             if scored:
-                for layer, layer_scores in enumerate(scores):
+                for layer, layer_scores in zip(layers, scores, strict=True):
                     self._keep_scored(layer, layer_scores, kept)
             else:
                 self._native.drop_archived()

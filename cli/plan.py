@@ -98,7 +98,7 @@ def describe(model: str, context: int, found: Forecast) -> dict[str, Any]:
         "recall_tokens": plan.recall_tokens,
         "rows": [{"name": name, "bytes": taken} for name, taken in plan.rows],
         "total_bytes": plan.total_bytes, "held_bytes": plan.held_bytes(context),
-        "hot_bytes": plan.kv_limit_bytes, "warm_bytes": plan.warm_bytes,
+        "hot_bytes": plan.kv_limit_bytes, "window_bytes": plan.window_bytes, "warm_bytes": plan.warm_bytes,
         "cold_bytes": plan.cold_bytes, "digest_bytes": plan.digest_bytes, "recall_bytes": plan.recall_bytes,
         "full_limit_bytes": plan.full_limit_bytes, "predicted": asdict(predicted), "rates": asdict(found.rates),
     }  # fmt: skip

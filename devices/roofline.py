@@ -2,7 +2,8 @@
 
 The rates are measured with the model itself (`runtime.predict`) or, failing that, worked out from its operations and
 bytes with the constants below. A text of T tokens costs T times the linear layers plus, for each of its tokens, the
-tokens that it attends to; with an archive also choosing (passes over the digests), writing to disk and reading back.
+tokens that it attends to, which are a window's at most in layers that have one; with an archive also choosing (passes
+over the digests), writing to disk and reading back.
 A chunk chooses anew for each few of its queries; while answering, a choice serves some tokens, and what it has on disk
 is read for each of them, from the second on out of the system's file cache.
 """
@@ -10,6 +11,8 @@ is read for each of them, from the second on out of the system's file cache.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .flash import Flash
@@ -31,13 +34,24 @@ DISK_UNIT_BYTES = 4096  # what direct reads are rounded to
 
 @dataclass(frozen=True)
 class Work:
-    """What one token costs in a model, by arithmetic. ``kv_heads`` are those of all layers together."""
+    """What one token costs in a model, by arithmetic.
+
+    ``kv_heads`` are those of all layers together that see everything; ``windows``: of each other layer; ``layers``: of
+    both kinds.
+    """
 
     linear_flop_per_token: float
     weight_bytes: float
     pair_flop: float  # one query token, one attended token, all layers and heads
     pair_bytes: float
     kv_heads: int
+    layers: int = 1
+    windows: tuple[int, ...] = ()
+
+    @property
+    def full_share(self) -> float:
+        """Of the layers, those that see everything."""
+        return 1 - len(self.windows) / self.layers
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,15 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """Reading ``tokens`` tokens by ``plan``, and the rate of answering after them."""
     reach = _reach(plan)
-    read = tokens * rates.prefill_seconds_per_token + attended_pairs(plan, tokens) * rates.prefill_seconds_per_pair
-    decode = rates.decode_seconds_per_token + min(tokens, reach) * rates.decode_seconds_per_pair
+    read = tokens * rates.prefill_seconds_per_token
+    read += _mean(work, lambda window: attended_pairs(plan, tokens, window)) * rates.prefill_seconds_per_pair
+    decode = rates.decode_seconds_per_token
+    decode += _mean(work, lambda window: min(tokens, window or reach)) * rates.decode_seconds_per_pair
     if plan.codec is not None:
         archived = max(tokens - (plan.hot_tokens or 0), 0)
         chunks = archived / plan.chunk  # those that find something in the archive
-        scanned = archived / BLOCK_TOKENS if plan.digest_bytes else 0  # a query looks at a digest as at a token
+        # a query looks at a digest as at a token, in layers that see everything
+        scanned = archived / BLOCK_TOKENS * work.full_share if plan.digest_bytes else 0
         half_full = 1 / 2  # the archive grows while the text is read
         read += chunks * half_full * scanned * voters(plan.chunk) * rates.prefill_seconds_per_pair
         wanted = min(wanted_tokens(plan), archived / 2)
@@ -107,13 +124,23 @@ def voters(chunk: int) -> int:
     return whole * QUERIES_PER_CHOICE // VOTER_STRIDE + -(-rest // VOTER_STRIDE)
 
 
-def attended_pairs(plan: Plan, tokens: int) -> float:
-    """Pairs of a token and one that it attends to, over a text of ``tokens`` that is read by ``plan``."""
+def attended_pairs(plan: Plan, tokens: int, window: int = 0) -> float:
+    """Pairs of a token and one that it attends to, over a text of ``tokens`` that is read by ``plan``, in a layer with
+    this window (0: none)."""
+    if window and not (plan.placement == "pruned" and window > (plan.hot_tokens or 0)):
+        begun = min(tokens, window)  # tokens that see all before them
+        return begun * (begun + 1) / 2 + (tokens - begun) * float(window)
     reach, pairs = _reach(plan), 0.0
     for first in range(0, tokens, plan.chunk):
         count = min(plan.chunk, tokens - first)
         pairs += count * (min(first, reach) + (count + 1) / 2)
     return pairs
+
+
+def _mean(work: Work, attended: Callable[[int], float]) -> float:
+    """Of ``attended(window)`` over the layers; one that sees everything has the window 0."""
+    total = (work.layers - len(work.windows)) * attended(0)
+    return (total + sum(count * attended(window) for window, count in Counter(work.windows).items())) / work.layers
 
 
 def wanted_tokens(plan: Plan) -> float:

@@ -149,7 +149,7 @@ class ModelSpec:
         good = len(windows) == self.layers
         _require(good, "number of attention windows", len(windows), f"{self.layers}, one for each layer")
         for window in windows:
-            _require(0 <= window <= LARGEST["context_length"], "attention window", window, "0 or more")
+            _require(0 <= window < LARGEST["context_length"], "attention window", window, "0 or more")
         for layer in self.unrotated_layers:
             _require(0 <= layer < self.layers, "layer without RoPE", layer, f"0 to {self.layers - 1}")
         for rope in (self.rope, self.window_rope or self.rope):

@@ -194,7 +194,9 @@ class Context:
 
     def save(self, snapshots: DocumentSnapshots, ids: Sequence[int], names: Sequence[str]) -> None:
         """Saves what was read, ``ids``. For `Model.read`."""
-        snapshots.save(ids, self._cache, self._cache.settings, self.plan, self._cache.archive_options, names)
+        snapshots.save(
+            ids, self._model.engine, self._cache, self._cache.settings, self.plan, self._cache.archive_options, names
+        )  # fmt: skip
 
     def append(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs ``ids`` after what was read so far, pruning first where there is no room; the logits after the last.
@@ -316,6 +318,7 @@ class Context:
         before, row = self._cache.total_tokens, None
         if self._model.options.policy == "full":
             self._make_room(len(ids))  # refuses before anything is read
+        self._model.engine.mark(self._cache)
         try:
             for first in range(0, len(ids), self.plan.chunk):
                 row = self.append(ids[first : first + self.plan.chunk])
@@ -323,6 +326,9 @@ class Context:
             if not self._cache.closed:
                 self._cache.forget_from(before)
             raise
+        finally:
+            if not self._cache.closed:
+                self._model.engine.release_mark(self._cache)
         self._tell_of_loss()
         assert row is not None, "a turn has at least the template's tokens"
         return row

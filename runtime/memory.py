@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .. import kernels
@@ -9,8 +11,9 @@ from ..cache import CacheSettings
 from ..cache.codecs import find_codec
 from ..cache.retrievers import find_retriever
 from ..cache.scorers import find_scorer
-from ..devices.planner import ArchiveCost, Costs
+from ..devices.planner import ArchiveCost, Costs, WindowCost
 from ..export.package import Package
+from ..export.spec import ModelSpec
 
 STORAGE_BYTES = {"bf16": 2, "fp32": 4}
 CODECS_OF_CHOICE = ("q8", "grouped4", "grouped3", "grouped2")  # the planner's, the best quality first
@@ -35,11 +38,25 @@ def scratch_bytes_per_chunk_token(package: Package) -> int:
     return 4 * (4 * wide + 6 * hidden + 6 * heads) + 3 * wide
 
 
-def archive_costs(package: Package, settings: CacheSettings) -> tuple[ArchiveCost, ...]:
+def full_layers(spec: ModelSpec, windows: Sequence[int]) -> int:
+    """How many layers keep everything; ``windows`` as an engine has them."""
+    return spec.layers - sum(window > 0 for window in windows)
+
+
+def window_costs(spec: ModelSpec, windows: Sequence[int], storage: str) -> tuple[WindowCost, ...]:
+    """The other layers, those with the same window together."""
+    layers = Counter(window for window in windows if window)
+    head = spec.kv_heads * page_bytes(spec.head_size, storage)
+    return tuple(WindowCost(window, count * head) for window, count in sorted(layers.items()))
+
+
+def archive_costs(
+    package: Package, settings: CacheSettings, windows: Sequence[int] = ()
+) -> tuple[ArchiveCost, ...]:  # fmt: skip
     """The codecs that a plan may use: the one that was asked for, or those of choice, the best first."""
     spec = package.spec
     names = (settings.codec,) if settings.codec else CODECS_OF_CHOICE
-    heads = spec.layers * spec.kv_heads
+    heads = full_layers(spec, windows) * spec.kv_heads
     return tuple(ArchiveCost(name, heads * find_codec(name).bytes_per_token(spec.head_size)) for name in names)
 
 
@@ -58,14 +75,18 @@ def portable_costs(package: Package, costs: Costs, observed_queries: int) -> Cos
         costs,
         process_bytes=costs.process_bytes + unpacked_bytes(package),
         kv_bytes_per_page=2 * costs.kv_bytes_per_page,
+        windows=tuple(replace(cost, page_bytes=2 * cost.page_bytes) for cost in costs.windows),
         scoring_bytes_per_token=4 * (4 * spec.kv_heads * spec.head_size + 3 * observed_queries * spec.heads),
     )
 
 
-def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1) -> Costs:
-    """The planner's figures for one conversation with this model."""
+def costs_of(
+    package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1, windows: Sequence[int] = ()
+) -> Costs:  # fmt: skip
+    """The planner's figures for one conversation with this model; ``windows`` as its engine has them."""
     spec = package.spec
-    pages = spec.layers * spec.kv_heads
+    layers = full_layers(spec, windows)
+    pages = layers * spec.kv_heads
     scorer = find_scorer(settings.scorer)
     costs = Costs(
         process_bytes=process_bytes,
@@ -77,9 +98,10 @@ def costs_of(package: Package, settings: CacheSettings, *, process_bytes: int, t
         observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
         scoring_bytes_per_token=scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size),
         digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
-        archive=archive_costs(package, settings),
-        layers=spec.layers,
+        archive=archive_costs(package, settings, windows),
+        layers=max(layers, 1),
         threads=threads,
+        windows=window_costs(spec, windows, settings.storage),
     )
     if package.manifest.flavour == "portable":
         return portable_costs(package, costs, scorer.observed_queries)

@@ -32,7 +32,7 @@ from .context import Context
 from .documents import read_documents
 from .engines import DEVICES as _DEVICES
 from .engines import ConversationCache, Engine, find_device, open_engine
-from .memory import CODECS_OF_CHOICE, costs_of
+from .memory import CODECS_OF_CHOICE, costs_of, full_layers
 from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
 
@@ -337,20 +337,12 @@ class Model:
         settings = self.options.settings
         sinks = settings.sinks if plan.sinks is None else plan.sinks
         window = settings.window if plan.window is None else plan.window
-        if self.recalls:  # a whole cache that outgrows its memory has no window of a plan
-            window = max(window, self._longest_window)
         hot = None if settings.hot_tokens is None else max(settings.hot_tokens, sinks + window)
         return replace(settings, sinks=sinks, window=window, hot_tokens=hot)
 
-    @property
-    def _longest_window(self) -> int:
-        """Of the layers that see a window only; one as long as the context is none."""
-        windows = self._package.manifest.spec.attention_windows
-        return max((each for each in windows if each < self.context_length), default=0)
-
     def _archive_of(self, plan: Plan) -> ArchiveOptions | None:
         """Where what leaves the hot tier goes. A whole cache has an archive too: for when it outgrows its memory."""
-        if not self.recalls:
+        if not self.recalls or not full_layers(self._package.spec, self.engine.windows):
             return None
         settings, outgrown = self.settings_of(plan), plan.codec is None
         cold_bytes = self.disk_bytes if outgrown or plan.cold_bytes else 0
@@ -395,13 +387,16 @@ class Model:
         others = sum(plan.kv_ram_bytes + plan.fork_bytes for plan in plans)
         settings, policy = self.options.settings, self.options.policy
         process_bytes = self._used_bytes + text_bytes + others
-        costs = costs_of(self._package, settings, process_bytes=process_bytes, threads=self.options.threads)
+        costs = costs_of(
+            self._package, settings, process_bytes=process_bytes, threads=self.options.threads,
+            windows=self.engine.windows,
+        )  # fmt: skip
         return make_plan(
             costs,
             self.options.memory_bytes,
             tokens=tokens,
             least_hot_tokens=settings.least_hot_tokens,
-            wishes=replace(self.options.wishes, least_window=self._longest_window),
+            wishes=self.options.wishes,
             keep_everything=policy == "full",
             longest_tokens=self.context_length if longest_tokens is None else longest_tokens,
             archive=self.recalls,

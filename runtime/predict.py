@@ -22,7 +22,7 @@ from ..devices.planner import Plan, why
 from ..devices.remembered import remember, remembered
 from ..devices.roofline import Rates, Work, estimated_rates, predict
 from ..export.rope import rope_frequencies
-from .memory import archive_costs, page_bytes
+from .memory import archive_costs, full_layers, page_bytes
 from .model import Model
 
 CHUNK_TOKENS = 128
@@ -70,13 +70,15 @@ def work_of(model: Model) -> Work:
     spec = model.package.spec
     attention = spec.hidden * spec.head_size * (2 * spec.heads + 2 * spec.kv_heads)
     per_layer = attention + 3 * spec.hidden * spec.feed_forward
-    kv_heads = spec.layers * spec.kv_heads
+    page = page_bytes(spec.head_size, model.options.settings.storage)
     return Work(
         linear_flop_per_token=2 * spec.layers * per_layer,
         weight_bytes=model.package.weight_bytes,
         pair_flop=4 * spec.layers * spec.heads * spec.head_size,
-        pair_bytes=kv_heads * page_bytes(spec.head_size, model.options.settings.storage) / kernels.PAGE_TOKENS,
-        kv_heads=kv_heads,
+        pair_bytes=spec.layers * spec.kv_heads * page / kernels.PAGE_TOKENS,
+        kv_heads=full_layers(spec, model.engine.windows) * spec.kv_heads,
+        layers=spec.layers,
+        windows=tuple(window for window in spec.attention_windows if window),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cache import ArchiveOptions, CacheFullError, CacheSettings
+from ..cache import WINDOW_SLACK, ArchiveOptions, CacheFullError, CacheSettings
 from ..cache.snapshots import Match, Snapshot, SnapshotStore, Subject, settings_key
 from ..devices.files.cache_folder import cache_folder, snapshots_folder
 from ..devices.planner import Plan
@@ -41,15 +41,16 @@ class DocumentSnapshots:
         self, ids: Sequence[int], engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
     ) -> ConversationCache | None:
         """A cache that holds the first tokens of ``ids``, as many as any snapshot has; None when none helps."""
-        held = _held(settings, plan, archive)
-        truncates = plan.hot_tokens is None or archive is not None  # what a scorer dropped cannot come back
-        match = self._store.find(self._fingerprint, settings_key(held), ids, prefix_only=not truncates)
+        held = _held(engine, settings, plan, archive)
+        forgets = plan.hot_tokens is not None and archive is None  # what a scorer dropped cannot come back
+        most = 0 if forgets else WINDOW_SLACK if engine.windows else None
+        match = self._store.find(self._fingerprint, settings_key(held), ids, most_unwanted=most)
         if match is None or match.common_tokens < min(LEAST_TOKENS, len(ids)):
             return None
         try:
             with self._store.open(match.path, threads=self._threads) as snapshot:
                 return self._restored(match, snapshot, engine, settings, plan, archive)
-        except CacheFullError:  # saved with more memory than there is now
+        except CacheFullError:  # saved with more memory than there is now, or it cannot be cut back to these tokens
             return None
         except (SnapshotError, OptionError) as error:  # an option out of range can only come from a foreign file
             self._notice(f"the snapshot {match.path.name} cannot be used: {error}; the document is read again")
@@ -58,6 +59,7 @@ class DocumentSnapshots:
     def save(
         self,
         ids: Sequence[int],
+        engine: Engine,
         cache: ConversationCache,
         settings: CacheSettings,
         plan: Plan,
@@ -65,7 +67,7 @@ class DocumentSnapshots:
         documents: Sequence[str],
     ) -> None:
         """Saves what was read; when there is no room, says so and goes on."""
-        held = _held(settings, plan, archive)
+        held = _held(engine, settings, plan, archive)
         subject = Subject(self._fingerprint, self._name, held, documents)
         usage = cache.usage()
         if usage.lost_tokens:  # a snapshot would lack them too, when there is room again
@@ -104,15 +106,21 @@ class DocumentSnapshots:
             limit_bytes=plan.kv_limit_bytes + plan.fork_bytes,
             archive=replace(archive, sinks=sinks) if archive else None,
         )
-        if cache.total_tokens > match.common_tokens:
-            cache.forget_from(match.common_tokens)
-        cache.demote()
+        try:
+            if cache.total_tokens > match.common_tokens:
+                cache.forget_from(match.common_tokens)
+            cache.demote()
+        except BaseException:
+            cache.close()
+            raise
         return cache
 
 
-def _held(settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None) -> dict[str, Any]:
+def _held(engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None) -> dict[str, Any]:
     """All that changes what a cache holds after reading, except how much of it is hot: that is in the snapshot."""
     held: dict[str, Any] = {"version": STATE_VERSION, "storage": settings.storage}
+    if engine.windows:
+        held["windows"] = list(engine.windows)  # once, these layers held everything
     if plan.hot_tokens is None:
         outgrown = {"codec": archive.codec, "retriever": archive.retriever} if archive else {}
         return held | {"kind": "full"} | outgrown

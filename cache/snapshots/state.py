@@ -1,6 +1,7 @@
 """The sections of a snapshot that hold a KV cache, and the cache from them; docs/snapshot-format.md has their bytes.
 
-``layer-000`` and so on: all of a layer but its archived pairs, which are the section ``payload-000``, if there are any.
+``layer-000`` and so on: all of a layer but its archived pairs, which are the section ``payload-000``, if there are any;
+layers with a window archive none.
 All are raw: payloads are read by position, and hot pages are to be there at once.
 """
 
@@ -19,6 +20,7 @@ SectionToWrite = tuple[str, Iterable[Piece], str]
 _PIECE_BYTES = 1 << 20
 _CELL_TOKENS = 64
 _TOKENS, _TOKEN_BYTES = "tokens", 4
+_NO_PAYLOAD = (1 << 64) - 1  # an offset that no file has
 
 
 def layer_sections(native: kernels.KVCache, layers: int, kv_heads: int) -> list[SectionToWrite]:
@@ -62,22 +64,25 @@ def restored_native(snapshot: Snapshot, options: dict[str, Any], total_tokens: i
         RuntimeError: the pages' limit, or the disk.
     """
     layers = options["layers"]
+    windows = options["windows"] or (0,) * layers
     names = [f"payload-{layer:03}" for layer in range(layers)]
-    names = [name for name in names if name in snapshot.sections]
-    if names and len(names) != layers:
-        raise _unusable(snapshot, "some layers have archived pairs and others have none")
+    payloads = {layer: name for layer, name in enumerate(names) if name in snapshot.sections}
+    if payloads and list(payloads) != [layer for layer in range(layers) if not windows[layer]]:
+        raise _unusable(snapshot, "it has not the archived pairs of the layers that see everything, and of no others")
     try:
         native = kernels.KVCache.restored(
             **options,
             tokens=total_tokens,
-            blobs=_checked_layers(snapshot, layers, names),
+            blobs=_checked_layers(snapshot, layers, payloads),
             descriptor=snapshot.fileno(),
-            payload_offsets=[snapshot.offset(name) for name in names],
+            payload_offsets=[
+                snapshot.offset(payloads[layer]) if layer in payloads else _NO_PAYLOAD for layer in range(layers)
+            ],
         )
     except ValueError as error:
         raise _unusable(snapshot, str(error)) from None
-    expected = [native.payload_bytes(layer) for layer in range(layers)]
-    if [snapshot.find(name).original_bytes for name in names] != [length for length in expected if length]:
+    found = {layer: snapshot.find(name).original_bytes for layer, name in payloads.items()}
+    if [found.get(layer, 0) for layer in range(layers)] != [native.payload_bytes(layer) for layer in range(layers)]:
         native.close()
         raise _unusable(snapshot, "its archived pairs have another length than the layers say")
     return native
@@ -95,10 +100,10 @@ def _payload(native: kernels.KVCache, layer: int, kv_heads: int) -> Iterator[byt
             yield native.read_payload(layer, head, first, min(step, cells - first))
 
 
-def _checked_layers(snapshot: Snapshot, layers: int, payloads: list[str]) -> Iterator[bytearray]:
+def _checked_layers(snapshot: Snapshot, layers: int, payloads: dict[int, str]) -> Iterator[bytearray]:
     """The blobs, one in memory at a time; a payload is checked before its layer is used."""
     for layer in range(layers):
-        if payloads:
+        if layer in payloads:
             for _ in snapshot.pieces(payloads[layer]):
                 pass
         name = f"layer-{layer:03}"

@@ -94,18 +94,20 @@ class SnapshotStore:
         return sum(size for _, size, _ in self._files(temporaries=True))
 
     def find(
-        self, model_fingerprint: str, settings_key: str, token_ids: Sequence[int] | Tokens, *, prefix_only: bool = False
-    ) -> Match | None:
+        self, model_fingerprint: str, settings_key: str, token_ids: Sequence[int] | Tokens,
+        *, most_unwanted: int | None = None,
+    ) -> Match | None:  # fmt: skip
         """The snapshot with the longest common prefix with ``token_ids``; of several, the one with the fewest tokens.
 
-        ``prefix_only``: only snapshots all of whose tokens are wanted, for caches that cannot forget their last tokens.
+        ``most_unwanted``: only snapshots of which so many last tokens or fewer are not wanted, for caches that cannot
+        forget more; None: they can forget all.
         Damaged files are removed and told of. Other processes may remove what was found: see `open`.
         """
         wanted = token_array(token_ids)
         best: Match | None = None
         for path in sorted((self.folder / folder_name(model_fingerprint, settings_key)).glob(f"*{SUFFIX}")):
             match = self._compare(path, model_fingerprint, settings_key, wanted)
-            if match is None or (prefix_only and not match.is_prefix):
+            if match is None or (most_unwanted is not None and match.tokens - match.common_tokens > most_unwanted):
                 continue
             if best is None or (match.common_tokens, -match.tokens) > (best.common_tokens, -best.tokens):
                 best = match

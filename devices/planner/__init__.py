@@ -16,6 +16,9 @@ of it. What a person sets stays as it is.
 ``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens of a conversation together, however large
 the memory is. A fork shares all of it but the hot pages it comes to have of its own: the limit of the process has room
 for those of one.
+
+All this is about layers that see everything. Those with a window hold their window, whatever the text's length and the
+plan, and no scorer's budget that is larger touches them: `WindowCost`. Where all layers have one there is no archive.
 A scorer's name as the policy keeps a budget and forgets the rest (``pruned``): no archive.
 
 `plan` has the records, `hot` plans without an archive, `archive` those with one.
@@ -42,6 +45,7 @@ from .plan import (
     Plan,
     Prediction,
     Room,
+    WindowCost,
     Wishes,
 )
 
@@ -55,6 +59,7 @@ __all__ = [
     "Placement",
     "Plan",
     "Prediction",
+    "WindowCost",
     "Wishes",
     "make_plan",
     "why",
@@ -81,24 +86,25 @@ def make_plan(
         wishes: what a person set.
         keep_everything: policy ``full``: the whole cache or an error.
         longest_tokens: how far a conversation may grow; room for it is made as far as there is any.
-        archive: whether what leaves the hot tier is kept; else a budget forgets it.
+        archive: whether what leaves the hot tier is kept (if any layer sees everything); else a budget forgets it.
         disk_bytes: what the archive may take on disk; 0: it stays in RAM.
 
     Raises:
         MemoryLimitError: not even the smallest way fits; the message and ``smallest_bytes`` have the smallest limit
             that would (of the budget, when that is what is too small).
     """
+    archives = archive and costs.kv_bytes_per_page > 0
     room = Room(limit_bytes, wishes.budget_bytes)
     chunks = (wishes.chunk,) if wishes.chunk else CHUNKS
     unscored = replace(costs, scoring_bytes_per_token=0)
     whole_costs = unscored if keep_everything or archive else costs
     whole = hot_need(whole_costs, tokens, wishes)
     plan = None
-    whole_fits_best = keep_everything or not archive or tokens <= WHOLE_TOKENS
+    whole_fits_best = keep_everything or not archives or tokens <= WHOLE_TOKENS
     if wishes.hot_tokens is None and whole_fits_best:
         plan = full_plan(whole_costs, room, tokens, longest_tokens, chunks)
     if plan is None and not keep_everything:
-        if archive:
+        if archives:
             plan = archive_plan(costs, room, tokens, longest_tokens, wishes, disk_bytes)
         else:
             plan = pruned_plan(costs, room, least_hot_tokens, wishes, chunks)
@@ -106,13 +112,14 @@ def make_plan(
         return replace(plan, full_limit_bytes=whole.limit_bytes, is_long=not whole_fits_best)
     if keep_everything:
         needs = [whole]
-    elif archive:
+    elif archives:
         needs = archive_needs(costs, tokens, wishes, disk_bytes)
-        needs += [whole] if wishes.hot_tokens is None and whole_fits_best else []
     else:
         pruned = (wishes.hot_tokens or least_hot_tokens) + chunks[-1]
-        needs = [hot_need(costs, pruned if wishes.hot_tokens else min(tokens, pruned), wishes)]
-    remedy = _remedy(wishes, keep_everything=keep_everything, archive=archive)
+        needs = [hot_need(costs, pruned, wishes, pruned=True)]
+    if not keep_everything and wishes.hot_tokens is None and whole_fits_best:
+        needs.append(whole)
+    remedy = _remedy(wishes, keep_everything=keep_everything, archive=archives)
     raise _refusal(room, needs, f"{tokens:,} tokens with this model", remedy)
 
 

@@ -49,7 +49,8 @@ class Split:
         That one goes on holding its window and what waits to be archived, and there is a page that was copied for the
         fork. The sinks of both are in the archive. These bytes are of the process, not of one conversation's budget.
         """
-        return (costs.pages(self.hot_tokens - self.sinks + self.step_tokens - 1) + 1) * costs.kv_bytes_per_page
+        pages = costs.pages(self.hot_tokens - self.sinks + self.step_tokens - 1) + 1
+        return pages * costs.kv_bytes_per_page + costs.window_fork_bytes
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ def archive_needs(costs: Costs, tokens: int, wishes: Wishes, disk_bytes: int) ->
     """What each way to read with an archive takes at least."""
     found = []
     for split in splits(wishes):
-        held = split.capacity_tokens
-        fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held))
+        held, windows = split.capacity_tokens, costs.window_bytes(split.chunk)
+        fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held, windows))
         pages = _pages(tokens, split)
         for cost in costs.archive:
             for archived in _least_archived(cost, costs, pages, split, disk_bytes):
                 more = archived + pages * costs.digest_page_bytes
-                found.append(Need(fixed + more + split.fork_bytes(costs), costs.kv_bytes(held) + more))
+                kv_bytes = costs.kv_bytes(held) + windows + more
+                found.append(Need(fixed + more + split.fork_bytes(costs), kv_bytes))
     return found
 
 
@@ -120,7 +122,6 @@ def _rung(share: float, wishes: Wishes) -> Split:
     window = _between(WINDOW, share) if wishes.window is None else wishes.window
     if wishes.hot_tokens is not None:
         window = min(window, max(wishes.hot_tokens - sinks, 1))
-    window = max(window, wishes.least_window)
     hot = max(sinks + window, wishes.hot_tokens or 0)
     recall = wishes.recall_tokens
     if recall is None:
@@ -150,7 +151,7 @@ def _scored(costs: Costs, split: Split) -> Costs:
 def _left(work: _Work, split: Split, pages: int) -> int:
     """Bytes that are left of the KV cache's room beside the hot pages and the digests."""
     held, costs = split.capacity_tokens, _scored(work.costs, split)
-    hot = costs.kv_bytes(held)
+    hot = costs.kv_bytes(held) + costs.window_bytes(split.chunk)
     scoring = costs.scoring_bytes_per_token * costs.page_tokens * costs.pages(held)
     room = work.room.beside(costs, split.chunk) - scoring - split.fork_bytes(costs)
     if work.room.budget_bytes is not None:  # which pays neither for scoring nor for forks
@@ -189,11 +190,12 @@ def _plan(
     work: _Work, split: Split, cost: ArchiveCost, placement: Placement, pages: int, *, warm_pages: int
 ) -> Plan:  # fmt: skip
     costs, held = _scored(work.costs, split), split.capacity_tokens
+    windows = costs.window_bytes(split.chunk)  # whatever the text's length: with an archive it may always go on
     warm, cold = warm_pages * cost.page_bytes, (pages - warm_pages) * cost.page_bytes
     digests = pages * costs.digest_page_bytes
     recall = _recall_bytes(cost, costs, split) if cold else 0
     rows = [
-        *costs.rows(split.chunk, held),
+        *costs.rows(split.chunk, held, windows),
         (f"archive in RAM ({cost.codec})", warm),
         ("digests of the archive", digests),
         ("recalled tokens", recall),
@@ -201,8 +203,9 @@ def _plan(
     ]
     return Plan(
         limit_bytes=work.room.limit_bytes, chunk=split.chunk, hot_tokens=split.hot_tokens,
-        capacity_tokens=split.capacity_tokens, kv_limit_bytes=costs.kv_bytes(held), rows=tuple(rows),
+        capacity_tokens=split.capacity_tokens, kv_limit_bytes=costs.kv_bytes(held) + windows, rows=tuple(rows),
         placement=placement, codec=cost.codec, sinks=split.sinks, window=split.window,
         recall_tokens=split.recall_tokens, archive_tokens=pages * ARCHIVE_PAGE_TOKENS, warm_bytes=warm,
         cold_bytes=cold, digest_bytes=digests, recall_bytes=recall, fork_bytes=split.fork_bytes(costs),
+        windows=costs.windows, window_bytes=windows,
     )  # fmt: skip

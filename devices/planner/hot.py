@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from .plan import CHUNKS, Costs, Need, Placement, Plan, Room, Wishes
+
+MOST_PAGES = 1 << 25  # of one KV head: more tokens than a position can number
 
 
 def full_plan(costs: Costs, room: Room, tokens: int, longest_tokens: int, chunks: tuple[int, ...]) -> Plan | None:
@@ -10,6 +14,8 @@ def full_plan(costs: Costs, room: Room, tokens: int, longest_tokens: int, chunks
     for chunk in chunks:
         most = _capacity(costs, room, chunk)
         if tokens <= most:
+            if longest_tokens and not costs.kv_bytes_per_page:  # nothing grows beyond the windows
+                longest_tokens = most
             return _plan(costs, room, chunk, None, min(most, max(tokens, longest_tokens)), "full")
     return None
 
@@ -27,24 +33,32 @@ def pruned_plan(
     return (roomy or found)[0 if roomy or wishes.hot_tokens is not None else -1]
 
 
-def hot_need(costs: Costs, held_tokens: int, wishes: Wishes) -> Need:
+def hot_need(costs: Costs, held_tokens: int, wishes: Wishes, *, pruned: bool = False) -> Need:
     """What it takes to have ``held_tokens`` (and the chunk being read) hot."""
     chunk = wishes.chunk or CHUNKS[-1]
     held = held_tokens + chunk
-    return Need(sum(size for _, size in costs.rows(chunk, held)), costs.kv_bytes(held))
+    windows = costs.window_bytes(chunk, held, pruned=pruned)
+    total = sum(size for _, size in costs.rows(chunk, held, windows)) + costs.window_fork_bytes
+    return Need(total, costs.kv_bytes(held) + windows)
 
 
-def _capacity(costs: Costs, room: Room, chunk: int) -> int:
+def _capacity(costs: Costs, room: Room, chunk: int, *, pruned: bool = False) -> int:
     """Tokens per KV head that fit; a fork's turn may take a chunk more, which is left out."""
-    page_bytes = costs.kv_bytes_per_page + costs.scoring_bytes_per_token * costs.page_tokens
-    pages = max(room.beside(costs, chunk), 0) // page_bytes
-    if room.budget_bytes is not None:  # which does not pay for scoring
-        pages = min(pages, room.budget_bytes // costs.kv_bytes_per_page)
+    beside = room.beside(costs, chunk) - costs.window_fork_bytes
+
+    def is_too_much(pages: int) -> bool:
+        held = pages * costs.page_tokens
+        kv_bytes = costs.kv_bytes(held) + costs.window_bytes(chunk, held, pruned=pruned)
+        if room.budget_bytes is not None and kv_bytes > room.budget_bytes:  # which does not pay for scoring
+            return True
+        return kv_bytes + costs.scoring_bytes_per_token * held > beside
+
+    pages = bisect_right(range(1, MOST_PAGES), False, key=is_too_much)
     return pages * costs.page_tokens - chunk
 
 
 def _pruned(costs: Costs, room: Room, chunk: int, least_hot: int, hot_tokens: int | None) -> Plan | None:
-    most = _capacity(costs, room, chunk)
+    most = _capacity(costs, room, chunk, pruned=True)
     hot = most - chunk if hot_tokens is None else hot_tokens
     fits = least_hot <= hot <= most - chunk
     return _plan(costs, room, chunk, hot, hot + chunk, "pruned") if fits else None
@@ -54,5 +68,9 @@ def _plan(
     costs: Costs, room: Room, chunk: int, hot_tokens: int | None, capacity: int, placement: Placement
 ) -> Plan:  # fmt: skip
     held = capacity + chunk
-    rows = tuple(costs.rows(chunk, held))
-    return Plan(room.limit_bytes, chunk, hot_tokens, capacity, costs.kv_bytes(held), rows, placement)
+    windows = costs.window_bytes(chunk, held, pruned=placement == "pruned")
+    rows = (*costs.rows(chunk, held, windows), ("hot pages of a fork", costs.window_fork_bytes))
+    return Plan(
+        room.limit_bytes, chunk, hot_tokens, capacity, costs.kv_bytes(held) + windows, rows, placement,
+        fork_bytes=costs.window_fork_bytes, windows=costs.windows, window_bytes=windows,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +14,15 @@ MARGIN_SHARE = 0.01
 ARCHIVE_STEP = 64  # tokens that leave the window together: up to one fewer wait in the hot tier
 ARCHIVE_PAGE_TOKENS = 256  # consecutive tokens of one KV head that are stored together
 BLOCK_TOKENS = 16  # what has one digest and is recalled whole
+PAGE_TOKENS = 64  # of the hot tier
 
 WHOLE_TOKENS = 8192
 """Up to so many tokens the whole cache is kept when it fits. Beyond, an archive reads and answers faster every time:
 at 16K tokens twice as fast, and what is lost was measured (docs/lab-notes.md)."""
+
+# A layer with a window also holds so much before it: what waits for a whole page, and what a turn is cut back by.
+WINDOW_WAITING = 128
+MARK_TOKENS = 1024  # of a window, what a question pushes out and brings back when it is cancelled; longer ones may fail
 
 Placement = Literal["full", "warm", "mixed", "cold", "pruned"]
 
@@ -35,38 +41,74 @@ class ArchiveCost:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What work costs in bytes. KV bytes are of all layers and heads together.
+class WindowCost:
+    """Layers that see the last ``window`` tokens only, and hold no more however long the text is."""
 
-    ``archive``: the codecs to choose among, the best quality first.
+    window: int
+    page_bytes: int  # one page of every such layer and KV head
+
+    @property
+    def held_tokens(self) -> int:
+        """At most, between two chunks."""
+        return self.window + WINDOW_WAITING
+
+    def tokens(self, held: int, chunk: int) -> int:
+        """At most, beside ``held`` tokens of a layer that forgets nothing: with the chunk that is being read, and what
+        is kept while a question is read."""
+        marked = min(self.held_tokens, MARK_TOKENS) + PAGE_TOKENS
+        return min(held, self.held_tokens + chunk) + min(held, marked)
+
+    def pruned_tokens(self, held: int, chunk: int) -> int:
+        """As `tokens`, with a budget: ``held`` are the budget and two chunks. Where that is shorter than the window,
+        the layer is pruned as well, and a question that is read has copies of all its pages."""
+        return min(2 * held + 2 * WINDOW_WAITING + PAGE_TOKENS, self.tokens(sys.maxsize, chunk))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What work costs in bytes. KV bytes are of all layers and heads together that see everything.
+
+    ``archive``: the codecs to choose among, the best quality first. ``windows``: the other layers.
     """
 
     process_bytes: int  # resident now: interpreter, libraries, tokenizer, document
     weight_bytes: int  # mapped weights, resident once every layer has run
     scratch_bytes_per_chunk_token: int
     page_tokens: int
-    kv_bytes_per_page: int  # one page of every layer and KV head
+    kv_bytes_per_page: int  # one page of every layer that sees everything, and KV head
     observed_bytes: int  # queries kept for the scorer
     scoring_bytes_per_token: int = 0  # a scorer's working memory for each token that is held, one layer at a time
     digest_bytes_per_token: float = 0.0  # of what is archived, in RAM wherever its payload lies
     archive: tuple[ArchiveCost, ...] = ()
-    layers: int = 1
+    layers: int = 1  # that see everything
     threads: int = 1
+    windows: tuple[WindowCost, ...] = ()
 
     def pages(self, tokens: int) -> int:
         """Pages of one KV head that hold ``tokens``."""
         return -(-tokens // self.page_tokens)
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of the pages that ``tokens`` per KV head need."""
+        """Bytes of the pages that ``tokens`` per KV head need, of layers that see everything."""
         return self.pages(tokens) * self.kv_bytes_per_page
+
+    def window_bytes(self, chunk: int, held: int = sys.maxsize, *, pruned: bool = False) -> int:
+        """Bytes of layers with a window, when one that forgets nothing holds ``held`` tokens. See `WindowCost`."""
+        held = self.pages(held) * self.page_tokens
+        tokens = [(each.pruned_tokens if pruned else each.tokens)(held, chunk) for each in self.windows]
+        return sum(self.pages(count) * each.page_bytes for count, each in zip(tokens, self.windows, strict=True))
+
+    @property
+    def window_fork_bytes(self) -> int:
+        """Pages of these layers that a fork comes to have of its own, while what it was forked from holds its own."""
+        return sum((self.pages(each.held_tokens) + 1) * each.page_bytes for each in self.windows)
 
     @property
     def digest_page_bytes(self) -> int:
         """Digests of `ARCHIVE_PAGE_TOKENS` tokens of every layer and KV head."""
         return math.ceil(self.digest_bytes_per_token * ARCHIVE_PAGE_TOKENS)
 
-    def rows(self, chunk: int, held_tokens: int) -> list[tuple[str, int]]:
+    def rows(self, chunk: int, held_tokens: int, window_bytes: int = 0) -> list[tuple[str, int]]:
         """What takes memory when ``held_tokens`` per KV head are hot and ``chunk`` are read at a time."""
         scored = self.page_tokens * self.pages(held_tokens)
         return [
@@ -76,6 +118,7 @@ class Costs:
             ("observed queries", self.observed_bytes),
             ("scoring, one layer at a time", self.scoring_bytes_per_token * scored),
             ("KV cache", self.kv_bytes(held_tokens)),
+            ("KV cache of layers with a window", window_bytes),
         ]
 
 
@@ -90,7 +133,6 @@ class Wishes:
     recall_tokens: int | None = None
     budget_bytes: int | None = None
     step_tokens: int = ARCHIVE_STEP  # of the retriever: tokens that leave the window together
-    least_window: int = 0  # of an archive's hot tier: layers that see a window only recall nothing beyond it
 
 
 @dataclass(frozen=True)
@@ -114,7 +156,7 @@ class Plan:
     chunk: int
     hot_tokens: int | None
     capacity_tokens: int  # per KV head: what may be hot at once
-    kv_limit_bytes: int  # of the hot pages, those of forks included
+    kv_limit_bytes: int  # of the hot pages of all layers
     rows: tuple[tuple[str, int], ...]
     placement: Placement = "full"
     codec: str | None = None
@@ -128,6 +170,8 @@ class Plan:
     recall_bytes: int = 0  # recalled tokens in the codec's form, one layer at a time; warm ones are read in place
     fork_bytes: int = 0  # hot pages that a fork comes to have beside those of what it was forked from
     full_limit_bytes: int = 0  # the smallest limit of the process that would keep the whole cache
+    windows: tuple[WindowCost, ...] = ()
+    window_bytes: int = 0  # of layers with a window, within ``kv_limit_bytes``
     is_long: bool = False  # longer than `WHOLE_TOKENS`: an archive is faster than the whole cache, even where that fits
     predicted: Prediction | None = None
 
@@ -146,8 +190,12 @@ class Plan:
         hot = tokens if self.hot_tokens is None else min(tokens, self.hot_tokens)
         if self.codec is not None:
             hot += ARCHIVE_STEP // 2
-        hot_bytes = self.kv_limit_bytes * hot // (self.capacity_tokens + (self.chunk if self.codec is None else 0))
-        return min(hot_bytes, self.kv_limit_bytes) + self.warm_bytes + self.digest_bytes + self.recall_bytes
+        limit = self.kv_limit_bytes - self.window_bytes
+        hot_bytes = min(limit * hot // (self.capacity_tokens + (self.chunk if self.codec is None else 0)), limit)
+        most = hot if self.codec is None else tokens
+        for each in self.windows:
+            hot_bytes += -(-min(most, each.held_tokens) // PAGE_TOKENS) * each.page_bytes
+        return hot_bytes + self.warm_bytes + self.digest_bytes + self.recall_bytes
 
 
 @dataclass(frozen=True)

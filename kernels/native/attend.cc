@@ -23,6 +23,8 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
   if (s.layer < 0 || s.layer >= shape_.layers) throw std::invalid_argument("the cache has no such layer");
   if (s.rope_dims < 0 || s.rope_dims % 2 || s.rope_dims > shape_.head_size)
     throw std::invalid_argument("rope_dims must be even and at most head_size");
+  if (!shape_.windows.empty() && s.window != shape_.windows[s.layer])
+    throw std::invalid_argument("the cache was made for another window of this layer");
   if (tokens == 0) return;
   Layer& layer = layers_[s.layer];
   for (const Head& head : layer.heads)  // pages are skipped by their first and last position
@@ -53,14 +55,15 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
                work_.queries.data() + ((size_t(h / G) * tokens + t) * G + h % G) * D);
   });
 
-  const bool recall = archive_ && !archive_->empty() && s.window == 0;  // a sliding window needs nothing older
-  const int splits = splits_for(tokens * G, recall);
+  // A sliding window needs nothing older.
+  const bool recall = archive_ && !archive_->empty() && s.window == 0 && archive_index_[s.layer] >= 0;
+  const int splits = splits_for(layer, tokens * G, recall);
   if (recall) prepare_archive_rope(s, work_.positions.back());
   attend_hot(s, tokens, splits, recall, out, parallel);
   if (recall) {
     const bool single = tokens == 1;
     std::vector<Choice> choices = single ? std::vector<Choice>() : choices_of(tokens);
-    if (single && choice_is_due(s.layer)) choices = choices_of(1);
+    if (single && choice_is_due(archive_index_[s.layer])) choices = choices_of(1);
     if (!choices.empty()) choose_blocks(s, tokens, splits, choices, parallel);
     attend_recalled(s, tokens, splits, choices, out, parallel);
   }
@@ -68,12 +71,11 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
 }
 
 // Few rows (a decode step): the keys are split too, so that every core has work; at least 4 pages a task.
-int KVCache::splits_for(int rows, bool recall) const {
+int KVCache::splits_for(const Layer& layer, int rows, bool recall) const {
   if (shape_.threads == 1) return 1;
   const int KV = shape_.kv_heads, blocks = (rows + kTaskRows - 1) / kTaskRows;
   size_t pages = 0;
-  for (const Layer& layer : layers_)
-    for (const Head& head : layer.heads) pages = std::max(pages, head.pages.size());
+  for (const Head& head : layer.heads) pages = std::max(pages, head.pages.size());
   if (recall) pages += size_t(archive_->settings().recall_tokens + archive_->settings().sinks) / kPageTokens;
   const int wanted = (4 * shape_.threads + KV * blocks - 1) / (KV * blocks);
   return std::max(1, std::min(wanted, int(pages) / 4));
@@ -114,7 +116,8 @@ void KVCache::attend_hot(const AttentionSettings& s, int tokens, int splits, boo
   std::vector<std::vector<StoredBlock>> sinks(KV);
   for (int kv = 0; kv < KV; ++kv) {
     const Head& head = layer.heads[kv];
-    if (recall) archive_->sink_blocks(s.layer, kv, work_.positions.back(), archived_positions(head), sinks[kv]);
+    if (recall)
+      archive_->sink_blocks(archive_index_[s.layer], kv, work_.positions.back(), archived_positions(head), sinks[kv]);
     for (size_t p = 0; p < head.pages.size(); ++p) {
       const Page& page = *head.pages[p];
       pages[kv].push_back({page.keys(), page.values(), page.positions(),
@@ -162,8 +165,8 @@ void KVCache::prepare_archive_rope(const AttentionSettings& s, int last) {
   w.page_ropes_frequencies = w.rope_frequencies;
 }
 
-bool KVCache::choice_is_due(int layer) {
-  const int last = work_.positions.back(), at = archive_->chosen_at(layer);
+bool KVCache::choice_is_due(int index) {
+  const int last = work_.positions.back(), at = archive_->chosen_at(index);
   return at < 0 || last < at || last - at >= archive_->settings().recall_every;
 }
 
@@ -181,17 +184,17 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
                             const Parallel& parallel) {
   const ArchiveSettings& settings = archive_->settings();
   const int KV = shape_.kv_heads, D = shape_.head_size, G = shape_.heads / KV, rows = tokens * G;
-  const int first_block = settings.sinks / kBlockTokens, all = archive_->blocks();
+  const int first_block = settings.sinks / kBlockTokens, all = archive_->blocks(), place = archive_index_[s.layer];
   const int wanted = std::min(settings.recall_tokens / kBlockTokens, all - first_block);
-  archive_->chosen_at(s.layer) = tokens == 1 ? work_.positions.back() : -1;  // a chunk's choices are its own
+  archive_->chosen_at(place) = tokens == 1 ? work_.positions.back() : -1;  // a chunk's choices are its own
   if (wanted <= 0) return;
-  const std::vector<int32_t> candidates = archive_->available(s.layer, first_block);
+  const std::vector<int32_t> candidates = archive_->available(place, first_block);
   if (int(candidates.size()) <= wanted) {
     for (Choice& choice : choices) choice.blocks = candidates;
     return;
   }
   std::vector<std::vector<DigestPage>> pages(KV);
-  for (int kv = 0; kv < KV; ++kv) archive_->digests(s.layer, kv, work_.page_ropes, s.rope_dims / 2, pages[kv]);
+  for (int kv = 0; kv < KV; ++kv) archive_->digests(place, kv, work_.page_ropes, s.rope_dims / 2, pages[kv]);
   parallel(choices.size(), [&](size_t index) {
     Choice& choice = choices[index];
     const int stride = tokens > kLongChunk ? kVoterStride : 1;
@@ -211,7 +214,7 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
     }
     std::vector<float> votes(size_t(archive_->pages()) * kDigestBlocks, 0);
     const std::vector<DigestPage>& seen = pages[choice.kv_head];
-    active_variant().score({settings.retriever, &archive_->basis(s.layer, choice.kv_head), D, s.rope_dims / 2,
+    active_variant().score({settings.retriever, &archive_->basis(place, choice.kv_head), D, s.rope_dims / 2,
                             queries.data(), voters, seen.data(), int(seen.size()), maxima.data(), weights.data(),
                             votes.data()});
     for (float& vote : votes)
@@ -237,11 +240,12 @@ std::vector<int32_t> KVCache::archived_positions(const Head& head) const {
 void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, const std::vector<Choice>& choices,
                               float* out, const Parallel& parallel) {
   const int KV = shape_.kv_heads, G = shape_.heads / KV, rows = tokens * G, last = work_.positions.back();
+  const int place = archive_index_[s.layer];
   std::vector<std::vector<int32_t>> still_hot(KV);
   for (int kv = 0; kv < KV; ++kv) still_hot[kv] = archived_positions(layers_[s.layer].heads[kv]);
   const auto attend = [&](int kv, int split, int first_row, int last_row, const Archive::Recalled& source) {
     std::vector<StoredBlock> blocks;
-    archive_->recalled_blocks(s.layer, kv, last, source, still_hot[kv], blocks);
+    archive_->recalled_blocks(place, kv, last, source, still_hot[kv], blocks);
     AttentionTask task = task_of(s, kv, split, first_row, last_row, rows);
     const int all = int(blocks.size());
     task.blocks = blocks.data() + all * split / splits;
@@ -252,15 +256,15 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
     active_variant().attend(task);
     if (task.normalize) copy_rows(task, kv, first_row, out);
   };
-  if (!choices.empty()) archive_->expect((s.layer + 1) % shape_.layers);
+  if (!choices.empty()) archive_->expect((place + 1) % archived_layers());
   if (tokens > 1) {  // what a choice recalls from disk is held while it is attended
     parallel(choices.size() * splits, [&](size_t index) {
       const Choice& choice = choices[index / splits];
       attend(choice.kv_head, int(index % splits), choice.first * G, choice.last * G,
-             archive_->gather(s.layer, choice.kv_head, choice.blocks));
+             archive_->gather(place, choice.kv_head, choice.blocks));
     });
     for (const Choice& choice : choices)
-      if (choice.last == tokens) archive_->note_choice(s.layer, choice.kv_head, choice.blocks);
+      if (choice.last == tokens) archive_->note_choice(place, choice.kv_head, choice.blocks);
     return;
   }
   std::vector<Archive::Recalled> gathered(KV);
@@ -268,18 +272,18 @@ void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits
   parallel(size_t(KV), [&](size_t index) {
     const int kv = int(index);
     if (!choices.empty()) {
-      gathered[kv] = archive_->gather(s.layer, kv, choices[kv].blocks);
-      archive_->hold(s.layer, kv, gathered[kv]);
-      archive_->note_choice(s.layer, kv, choices[kv].blocks);
-    } else if (archive_->holds(s.layer, kv)) {
+      gathered[kv] = archive_->gather(place, kv, choices[kv].blocks);
+      archive_->hold(place, kv, gathered[kv]);
+      archive_->note_choice(place, kv, choices[kv].blocks);
+    } else if (archive_->holds(place, kv)) {
       held[kv] = 1;
     } else {
-      gathered[kv] = archive_->gather(s.layer, kv, archive_->recalled(s.layer, kv).blocks);
+      gathered[kv] = archive_->gather(place, kv, archive_->recalled(place, kv).blocks);
     }
   });
   parallel(size_t(splits) * KV, [&](size_t index) {
     const int kv = int(index / splits);
-    attend(kv, int(index % splits), 0, G, held[kv] ? archive_->recalled(s.layer, kv) : gathered[kv]);
+    attend(kv, int(index % splits), 0, G, held[kv] ? archive_->recalled(place, kv) : gathered[kv]);
   });
 }
 

@@ -56,16 +56,29 @@ KVCache::KVCache(const CacheShape& shape) : shape_(shape) {
     throw std::invalid_argument("KVCache: heads must be a positive multiple of kv_heads");
   if (shape.head_size <= 0 || shape.head_size % 16 != 0 || shape.head_size > 256)
     throw std::invalid_argument("KVCache: head_size must be a multiple of 16, at most 256");
+  if (!shape.windows.empty() && int(shape.windows.size()) != shape.layers)
+    throw std::invalid_argument("KVCache: windows must have one number for each layer");
+  for (int window : shape.windows)
+    if (window < 0) throw std::invalid_argument("KVCache: a window must not be negative");
   pool_ = std::make_shared<PagePool>(shape.head_size, shape.storage, shape.limit_bytes);
   layers_.resize(shape.layers);
   for (Layer& layer : layers_) layer.heads.resize(shape.kv_heads);
-  if (shape.archive)
-    archive_ = std::make_unique<Archive>(*shape.archive, shape.layers, shape.kv_heads, shape.head_size);
+  archive_index_.assign(shape.layers, -1);
+  if (!shape.archive) return;
+  for (int layer = 0; layer < shape.layers; ++layer) {
+    if (shape.window(layer)) continue;
+    archive_index_[layer] = int(layer_of_archive_.size());
+    layer_of_archive_.push_back(layer);
+  }
+  if (layer_of_archive_.empty())
+    throw std::invalid_argument("KVCache: no layer sees everything, so that there is nothing to archive");
+  archive_ = std::make_unique<Archive>(*shape.archive, archived_layers(), shape.kv_heads, shape.head_size);
 }
 
 KVCache::KVCache(const KVCache& other)
     : shape_(other.shape_), pool_(other.pool_), layers_(other.layers_),
-      archive_(other.archive_ ? std::make_unique<Archive>(*other.archive_) : nullptr) {}
+      archive_(other.archive_ ? std::make_unique<Archive>(*other.archive_) : nullptr),
+      archive_index_(other.archive_index_), layer_of_archive_(other.layer_of_archive_) {}
 
 std::unique_ptr<KVCache> KVCache::fork() const { return std::unique_ptr<KVCache>(new KVCache(*this)); }
 
@@ -125,7 +138,54 @@ void KVCache::commit() {
     for (Head& head : layer.heads) head.committed = head.tokens;
     layer.observing = false;
   }
+  drop_unseen();
 }
+
+// Whole leading pages of layers with a window: nothing is copied, and what forks share stays shared.
+void KVCache::drop_unseen() {
+  for (int l = 0; l < shape_.layers; ++l) {
+    if (!shape_.window(l)) continue;
+    Layer& layer = layers_[l];
+    int64_t next = 0;
+    for (const Head& head : layer.heads)
+      if (head.tokens) next = std::max(next, int64_t(position_of(head, head.tokens - 1)) + 1);
+    const int64_t unseen = next - kWindowSlack - shape_.window(l);  // up to here
+    int pages = INT_MAX;  // the heads of a layer hold equally many tokens, though a scorer may have chosen which
+    for (const Head& head : layer.heads) {
+      int page = 0;
+      while ((page + 1) * kPageTokens <= head.tokens && position_of(head, (page + 1) * kPageTokens - 1) <= unseen) ++page;
+      pages = std::min(pages, page);
+    }
+    if (!pages) continue;
+    for (Head& head : layer.heads) {
+      layer.trimmed_until = std::max(layer.trimmed_until, position_of(head, pages * kPageTokens - 1) + 1);
+      head.pages.erase(head.pages.begin(), head.pages.begin() + pages);
+      head.committed = head.tokens -= pages * kPageTokens;
+    }
+  }
+}
+
+void KVCache::mark() {
+  rollback();
+  auto mark = std::make_unique<Mark>();
+  for (int l = 0; l < shape_.layers; ++l) {
+    if (!shape_.window(l)) continue;
+    const Layer& layer = layers_[l];
+    for (const Head& head : layer.heads)
+      if (head.tokens) mark->position = std::max(mark->position, position_of(head, head.tokens - 1) + 1);
+    mark->layers.push_back({layer.heads, layer.trimmed_until});
+  }
+  mark_ = std::move(mark);
+}
+
+// Throws unless a layer that has forgotten what lies before `trimmed_until` has all that a query at `position` sees.
+void KVCache::expect_window(int position, int window, int trimmed_until) const {
+  if (position > 0 && trimmed_until > std::max<int64_t>(0, int64_t(position) - window + 1))
+    throw std::runtime_error("the KV cache cannot go back to position " + std::to_string(position) +
+                             ": layers with a window of " + std::to_string(window) +
+                             " tokens have forgotten what lies before it");
+}
+
 void KVCache::rollback() {
   if (archive_) archive_->forget_choices();  // a run that did not happen may have chosen
   for (Layer& layer : layers_) {
@@ -138,7 +198,22 @@ void KVCache::rollback() {
 }
 void KVCache::forget_from(int position) {
   position = std::max(position, 0);
+  const bool to_mark = mark_ && position <= mark_->position;
+  size_t held = 0;  // layers of the mark
+  for (int l = 0; l < shape_.layers; ++l)
+    if (const int window = shape_.window(l))
+      expect_window(position, window, to_mark ? mark_->layers[held++].trimmed_until : layers_[l].trimmed_until);
   if (position < archived_until()) return_to_hot(position);
+  if (to_mark) {
+    held = 0;
+    for (int l = 0; l < shape_.layers; ++l) {
+      if (!shape_.window(l)) continue;
+      Mark::Held& from = mark_->layers[held++];
+      layers_[l].heads = std::move(from.heads);
+      layers_[l].trimmed_until = from.trimmed_until;
+    }
+    mark_.reset();
+  }
   if (archive_) archive_->forget_choices();
   const size_t row = size_t(shape_.heads) * shape_.head_size;
   for (Layer& layer : layers_) {
@@ -151,6 +226,7 @@ void KVCache::forget_from(int position) {
     seen.erase(std::lower_bound(seen.begin(), seen.end(), position), seen.end());
     layer.observed.resize(seen.size() * row);
     layer.observing = false;
+    if (position == 0) layer.trimmed_until = 0;
   }
 }
 void KVCache::prepare_rope(const AttentionSettings& s, const int64_t* positions, int tokens, const float* frequencies) {
@@ -247,8 +323,8 @@ void KVCache::archive_until(int until, const float* block_scores, const Parallel
   if (until <= archive_->end() || until % archive_->step_tokens() || until < archive_->settings().sinks)
     throw std::invalid_argument("archive: pairs come in whole steps of " + std::to_string(archive_->step_tokens()) +
                                 " tokens, the first ones with all sinks");
-  for (const Layer& layer : layers_)
-    for (const Head& head : layer.heads) {
+  for (int l : layer_of_archive_)
+    for (const Head& head : layers_[l].heads) {
       const int first = first_at(head, archive_->end()), tokens = until - archive_->end();
       if (tokens > head.tokens - first || position_of(head, first) != archive_->end() ||
           position_of(head, first + tokens - 1) != until - 1)
@@ -256,8 +332,8 @@ void KVCache::archive_until(int until, const float* block_scores, const Parallel
     }
   const size_t scores = size_t(shape_.kv_heads) * (until - archive_->end()) / kBlockTokens;
   try {
-    for (int layer = 0; layer < shape_.layers; ++layer)
-      archive_layer(layer, until, block_scores ? block_scores + layer * scores : nullptr, parallel);
+    for (int index = 0; index < archived_layers(); ++index)
+      archive_layer(index, until, block_scores ? block_scores + index * scores : nullptr, parallel);
   } catch (...) {
     archive_->trim();
     throw;
@@ -265,8 +341,8 @@ void KVCache::archive_until(int until, const float* block_scores, const Parallel
   archive_->finish_append(until);
 }
 
-void KVCache::archive_layer(int layer_index, int until, const float* block_scores, const Parallel& parallel) {
-  Layer& layer = layers_.at(layer_index);
+void KVCache::archive_layer(int index, int until, const float* block_scores, const Parallel& parallel) {
+  Layer& layer = layers_[layer_of_archive_[index]];
   const int D = shape_.head_size, half = int(layer.frequencies.size()), from = archive_->end();
   const int tokens = until - from, blocks = tokens / kBlockTokens;
   work_.table.prepare(layer.frequencies.data(), half, layer.attention_factor, until);
@@ -292,7 +368,7 @@ void KVCache::archive_layer(int layer_index, int until, const float* block_score
     if (block_scores) in.block_scores.assign(block_scores + kv * blocks, block_scores + (kv + 1) * blocks);
     if (from == 0) in.query_energy = observed_energy(layer, int(kv));
   });
-  archive_->append_layer(layer_index, heads, until, work_.table, parallel);
+  archive_->append_layer(index, heads, until, work_.table, parallel);
 }
 
 // Mean squares of the observed queries' channels [D], over the heads that read a KV head; empty when none were observed.
@@ -311,7 +387,7 @@ std::vector<float> KVCache::observed_energy(const Layer& layer, int kv_head) con
 
 void KVCache::drop_archived() {
   std::vector<int32_t> kept;
-  for (int layer = 0; layer < shape_.layers; ++layer)
+  for (int layer : layer_of_archive_)
     for (int kv = 0; kv < shape_.kv_heads; ++kv) {
       Head& head = layers_[layer].heads[kv];
       const int first = first_at(head, archived_until());
@@ -341,15 +417,15 @@ void KVCache::return_to_hot(int position) {
   std::vector<int32_t> positions(used);
   for (int i = 0; i < used; ++i) positions[i] = from + i;
   expect_room(used);
-  for (size_t l = 0; l < layers_.size(); ++l) {
-    Layer& layer = layers_[l];
+  for (int index = 0; index < archived_layers(); ++index) {
+    Layer& layer = layers_[layer_of_archive_[index]];
     const int half = int(layer.frequencies.size());
     rope.resize(size_t(used) * 2 * half);
     for (int i = 0; i < used; ++i)
       rope_at(positions[i], layer.frequencies, layer.attention_factor, rope.data() + size_t(i) * 2 * half);
     for (size_t kv = 0; kv < layer.heads.size(); ++kv) {
       Head& head = layer.heads[kv];
-      archive_->read(int(l), int(kv), from, position, keys.data(), values.data());
+      archive_->read(index, int(kv), from, position, keys.data(), values.data());
       truncate(head, 0);  // what was hot before `from` is in the archive, too; heads must hold equally many
       append(head, keys.data(), values.data(), D, positions.data(), used, rope.data(), half);
       head.committed = head.tokens;
@@ -358,11 +434,11 @@ void KVCache::return_to_hot(int position) {
   archive_->truncate(from);
 }
 
-// Throws OutOfPages when the limit has no room for `tokens` in every head, in place of what they hold.
+// Throws OutOfPages when the limit has no room for `tokens` in every head that is archived, in place of what they hold.
 void KVCache::expect_room(int tokens) const {
   size_t freed = 0, heads = 0;
-  for (const Layer& layer : layers_)
-    for (const Head& head : layer.heads) {
+  for (int l : layer_of_archive_)
+    for (const Head& head : layers_[l].heads) {
       ++heads;
       for (const auto& page : head.pages) freed += page.use_count() == 1;
     }
@@ -429,6 +505,15 @@ size_t KVCache::bytes() const {
   size_t pages = 0;
   for (const Layer& layer : layers_)
     for (const Head& head : layer.heads) pages += head.pages.size();
+  size_t held = 0;
+  for (int l = 0; mark_ && l < shape_.layers; ++l) {
+    if (!shape_.window(l)) continue;
+    const std::vector<Head>& marked = mark_->layers[held++].heads;
+    for (size_t kv = 0; kv < marked.size(); ++kv) {
+      const auto& now = layers_[l].heads[kv].pages;
+      for (const auto& page : marked[kv].pages) pages += std::find(now.begin(), now.end(), page) == now.end();
+    }
+  }
   return pages * pool_->page_bytes();
 }
 

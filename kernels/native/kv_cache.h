@@ -20,7 +20,12 @@ struct CacheShape {
   int observed_queries;  // the last so many queries of each chunk are kept for the scorers (0: none)
   size_t limit_bytes;    // of pages; 0: no limit
   std::shared_ptr<const ArchiveSettings> archive;  // null: what leaves the hot tier is forgotten
+  std::vector<int> windows;  // tokens that each layer sees, the query's own included; 0: everything. Empty: no windows
+  int window(int layer) const { return windows.empty() ? 0 : windows[layer]; }
 };
+
+// A layer with a window holds so many tokens more than the next query sees: a conversation can be cut back by as many.
+constexpr int kWindowSlack = 64;
 
 struct AttentionSettings {
   int layer;
@@ -41,16 +46,28 @@ class KVCache {
   void attend(const AttentionSettings&, const float* queries, const float* keys, const float* values,
               const int64_t* positions, int tokens, const float* frequencies, float* out, const Parallel&);
 
-  void commit();    // what the last graph run appended is part of the conversation
+  // What the last graph run appended is part of the conversation. Layers with a window forget whole pages that no query
+  // at the next position sees, nor one at up to kWindowSlack positions before it.
+  void commit();
   void rollback();  // it is not: forget it (a run that was cancelled or failed half-way)
-  void forget_from(int position);  // and neither is anything at this position or later
+  // And neither is anything at this position or later. Throws std::runtime_error, before anything changes, when a layer
+  // with a window has forgotten what a query at `position` would see.
+  void forget_from(int position);
+  // Keeps what layers with a window hold now, so that forget_from() can come back here however much is read meanwhile.
+  // Forgets first what a run has left half-done. A fork has no mark.
+  void mark();
+  void release_mark() { mark_.reset(); }
 
-  // Stores all pairs before `until` (a multiple of the archive's step) in the archive: all layers, or, when it fails, none.
-  // block_scores [layers, kv_heads, blocks] ranks the blocks of each cell, for codecs of mixed precision; may be null.
+  // Stores all pairs before `until` (a multiple of the archive's step) in the archive: of all layers that see everything,
+  // or, when it fails, of none. Layers with a window archive nothing: what has left it is never read again.
+  // block_scores [archived layers, kv_heads, blocks] ranks the blocks of each cell, for codecs of mixed precision; may be
+  // null.
   void archive_until(int until, const float* block_scores, const Parallel&);
   int archived_until() const { return archive_ ? archive_->end() : 0; }
   void drop_archived();  // forgets in the hot tier what the archive has
   const Archive* archive() const { return archive_.get(); }
+  int archived_layers() const { return int(layer_of_archive_.size()); }
+  int archive_index(int layer) const { return archive_index_.at(layer); }  // the layer's place in it, or -1
 
   // Keeps the tokens kept[kv_head][0..count) (ascending indices) of a layer and forgets the others.
   void retain(int layer, int kv_head, const int32_t* kept, int count);
@@ -70,7 +87,7 @@ class KVCache {
 
   const CacheShape& shape() const { return shape_; }
   const PagePool& pool() const { return *pool_; }
-  size_t bytes() const;  // of the pages this cache refers to, shared ones included
+  size_t bytes() const;  // of the pages this cache refers to, shared ones and those of a mark included
 
  private:
   struct Head {
@@ -86,11 +103,22 @@ class KVCache {
     std::vector<float> committed_observed;  // what they were before this run, while there is one
     std::vector<int32_t> committed_positions;
     bool observing = false;  // a run that is neither committed nor rolled back has added to them
+    int trimmed_until = 0;   // positions below this have left its window, and were forgotten
+  };
+  struct Mark {
+    struct Held {
+      std::vector<Head> heads;
+      int trimmed_until;
+    };
+    int position = 0;  // of the token that would have come next
+    std::vector<Held> layers;  // those with a window, in order
   };
 
   friend class CacheState;
   KVCache(const KVCache& other);
-  void archive_layer(int layer, int until, const float* block_scores, const Parallel&);
+  void drop_unseen();
+  void expect_window(int position, int window, int trimmed_until) const;
+  void archive_layer(int index, int until, const float* block_scores, const Parallel&);
   std::vector<float> observed_energy(const Layer&, int kv_head) const;
   void return_to_hot(int position);
   void expect_room(int tokens) const;
@@ -105,7 +133,7 @@ class KVCache {
   void prepare_rope(const AttentionSettings&, const int64_t* positions, int tokens, const float* frequencies);
   void observe(Layer&, const float* queries, int tokens);
   std::vector<int32_t> archived_positions(const Head&) const;
-  int splits_for(int rows, bool recall) const;
+  int splits_for(const Layer&, int rows, bool recall) const;
   AttentionTask task_of(const AttentionSettings&, int kv, int split, int first_row, int last_row, int rows);
   void copy_rows(const AttentionTask&, int kv, int first_row, float* out) const;
   void attend_hot(const AttentionSettings&, int tokens, int splits, bool recall, float* out, const Parallel&);
@@ -114,7 +142,7 @@ class KVCache {
     int kv_head, first, last;
     std::vector<int32_t> blocks;
   };
-  bool choice_is_due(int layer);
+  bool choice_is_due(int index);
   std::vector<Choice> choices_of(int tokens) const;
   void choose_blocks(const AttentionSettings&, int tokens, int splits, std::vector<Choice>&, const Parallel&);
   void attend_recalled(const AttentionSettings&, int tokens, int splits, const std::vector<Choice>&, float* out,
@@ -125,6 +153,8 @@ class KVCache {
   std::shared_ptr<PagePool> pool_;
   std::vector<Layer> layers_;
   std::unique_ptr<Archive> archive_;
+  std::vector<int> archive_index_, layer_of_archive_;  // of each layer, and of each place in the archive
+  std::unique_ptr<Mark> mark_;
 
   // Working memory of one call, kept from call to call.
   struct Workspace {

@@ -31,6 +31,14 @@ PackedMatrix packed_matrix(const Array<uint8_t>& data, int64_t outputs, int64_t 
   return w;
 }
 
+// The archive, and the layer's place in it.
+std::pair<const Archive*, int> archive_of(const KVCache& cache, int layer, int kv_head) {
+  const CacheShape& s = cache.shape();
+  expect(cache.archive() && layer >= 0 && layer < s.layers && kv_head >= 0 && kv_head < s.kv_heads &&
+             cache.archive_index(layer) >= 0, "no such archive");
+  return {cache.archive(), cache.archive_index(layer)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -96,14 +104,15 @@ PYBIND11_MODULE(_native, m) {
   py::class_<CacheHandle> kv(m, "KVCache");
   bind_state(kv);
   kv.def(py::init([](int layers, int heads, int kv_heads, int head_size, const std::string& storage, int thread_count,
-                       int observed_queries, size_t limit_bytes, const std::optional<py::dict>& archive) {
+                       int observed_queries, size_t limit_bytes, const std::optional<py::dict>& archive,
+                       const std::vector<int>& windows) {
              return std::make_unique<CacheHandle>(std::make_shared<KVCache>(CacheShape{
                  layers, heads, kv_heads, head_size, parse_storage(storage), thread_count, observed_queries,
-                 limit_bytes, archive ? archive_settings(*archive) : nullptr}));
+                 limit_bytes, archive ? archive_settings(*archive) : nullptr, windows}));
            }),
            py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"),
            py::arg("storage") = "fp32", py::arg("threads") = 1, py::arg("observed_queries") = 0,
-           py::arg("limit_bytes") = 0, py::arg("archive") = py::none())
+           py::arg("limit_bytes") = 0, py::arg("archive") = py::none(), py::arg("windows") = std::vector<int>())
       .def_property_readonly("handle", &CacheHandle::id)
       .def_property_readonly("closed", &CacheHandle::closed)
       .def("close", &CacheHandle::close)
@@ -113,15 +122,19 @@ PYBIND11_MODULE(_native, m) {
       .def("commit", [](CacheHandle& self) { self.get().commit(); })
       .def("rollback", [](CacheHandle& self) { self.get().rollback(); })
       .def("forget_from", [](CacheHandle& self, int position) { self.get().forget_from(position); },
-           py::arg("position"), "Forgets every token at this position or later, committed or not.")
+           py::arg("position"), "Forgets every token at this position or later, committed or not. RuntimeError, and nothing "
+           "is changed, when a layer with a window has forgotten what a query there would see.")
+      .def("mark", [](CacheHandle& self) { self.get().mark(); },
+           "Keeps what layers with a window hold now: forget_from() can come back here, and to 64 tokens before.")
+      .def("release_mark", [](CacheHandle& self) { self.get().release_mark(); })
       .def_property_readonly("archived_until", [](const CacheHandle& self) { return self.get().archived_until(); })
       .def("archive", [](CacheHandle& self, int until, const std::optional<Array<float>>& block_scores, int thread_count) {
         const std::shared_ptr<KVCache> cache = self.shared();
         const CacheShape& s = cache->shape();
         const int blocks = (until - cache->archived_until()) / kBlockTokens;
-        expect(!block_scores || (block_scores->ndim() == 3 && block_scores->shape(0) == s.layers &&
+        expect(!block_scores || (block_scores->ndim() == 3 && block_scores->shape(0) == cache->archived_layers() &&
                                  block_scores->shape(1) == s.kv_heads && block_scores->shape(2) == blocks),
-               "block_scores must be [layers, kv_heads, blocks]");
+               "block_scores must be [layers that see everything, kv_heads, blocks]");
         const float* scores = block_scores ? block_scores->data() : nullptr;
         py::gil_scoped_release release;
         cache->archive_until(until, scores, threads(thread_count));
@@ -143,30 +156,24 @@ PYBIND11_MODULE(_native, m) {
         return usage;
       })
       .def("recalled", [](const CacheHandle& self, int layer, int kv_head) {
-        const Archive* a = self.get().archive();
-        expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
-               "no such archive");
-        return a->recalled(layer, kv_head).blocks;
+        const auto [a, index] = archive_of(self.get(), layer, kv_head);
+        return a->recalled(index, kv_head).blocks;
       }, py::arg("layer"), py::arg("kv_head"), "Blocks (of 16 tokens) that attention reads from the archive now.")
       .def("archive_order", [](const CacheHandle& self, int layer, int kv_head) {
-        const Archive* a = self.get().archive();
-        expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
-               "no such archive");
+        const auto [a, index] = archive_of(self.get(), layer, kv_head);
         py::array_t<int32_t> positions(a->end());
         for (int slot = 0; slot < a->end(); ++slot) {
-          const uint8_t* order = a->order(layer, kv_head, slot / kDigestTokens);
+          const uint8_t* order = a->order(index, kv_head, slot / kDigestTokens);
           positions.mutable_data()[slot] =
               order ? slot / kDigestTokens * kDigestTokens + order[slot % kDigestTokens] : slot;
         }
         return positions;
       }, py::arg("layer"), py::arg("kv_head"), "Positions in the order of the blocks: block b has [16 * b, 16 * b + 16).")
       .def("read_archive", [](const CacheHandle& self, int layer, int kv_head) {
-        const Archive* a = self.get().archive();
-        expect(a && layer >= 0 && layer < self.get().shape().layers && kv_head >= 0 && kv_head < self.get().shape().kv_heads,
-               "no such archive");
+        const auto [a, index] = archive_of(self.get(), layer, kv_head);
         const py::ssize_t n = a->end(), d = self.get().shape().head_size;
         py::array_t<float> keys({n, d}), values({n, d});
-        a->read(layer, kv_head, 0, a->end(), keys.mutable_data(), values.mutable_data());
+        a->read(index, kv_head, 0, a->end(), keys.mutable_data(), values.mutable_data());
         return py::make_tuple(keys, values);
       }, py::arg("layer"), py::arg("kv_head"), "(keys before RoPE [n, D], values [n, D]) of positions 0 .. n, decoded.")
       .def("tokens", [](const CacheHandle& self, int layer, int kv_head) { return self.get().tokens(layer, kv_head); },

@@ -144,8 +144,9 @@ void CacheState::write_layer(const KVCache& cache, int layer_index, Writer& w) {
     if (head.tokens != layer.heads[0].tokens)
       throw std::invalid_argument("the heads of a layer that is saved must hold equally many tokens");
   }
-  const Archive* archive = cache.archive_.get();
-  const Archive::Layer* archived = archive ? &archive->layers_[layer_index] : nullptr;
+  const int index = cache.archive_index_[layer_index];
+  const Archive* archive = index >= 0 ? cache.archive_.get() : nullptr;
+  const Archive::Layer* archived = archive ? &archive->layers_[index] : nullptr;
   const bool chosen = archived && archived->chosen_at >= 0;
   w.number(kVersion);
   for (int number : {s.heads, s.kv_heads, s.head_size, int(s.storage), layer.heads[0].tokens,
@@ -206,10 +207,11 @@ void CacheState::write_head(const Archive& archive, const Archive::Head& h, bool
 }
 
 uint64_t CacheState::payload_bytes(const KVCache& cache, int layer) {
-  if (!cache.archive_) return 0;
+  const int index = cache.archive_index_.at(layer);
+  if (index < 0) return 0;
   const Archive& a = *cache.archive_;
   uint64_t cells = 0;
-  for (const auto& extent : a.layers_.at(layer).extents) {
+  for (const auto& extent : a.layers_[index].extents) {
     if (extent->lost())
       throw std::runtime_error("a KV cache that has lost pairs, for want of memory and disk, cannot be saved");
     cells += extent->cells;
@@ -218,9 +220,9 @@ uint64_t CacheState::payload_bytes(const KVCache& cache, int layer) {
 }
 
 void CacheState::read_payload(const KVCache& cache, int layer, int kv_head, int first_cell, int cells, uint8_t* out) {
-  payload_bytes(cache, layer);  // nothing was lost
+  if (!payload_bytes(cache, layer)) return;  // which throws when something was lost
   const Archive& a = *cache.archive_;
-  for (const auto& extent : a.layers_.at(layer).extents) {
+  for (const auto& extent : a.layers_[cache.archive_index_[layer]].extents) {
     const int first = std::max(first_cell, extent->first_cell);
     const int end = std::min(first_cell + cells, extent->first_cell + extent->cells);
     if (first >= end) continue;
@@ -263,14 +265,15 @@ CacheState::Counts CacheState::read_counts(Reader& r) {
   c.attention_factor = r.finite(1, "attention factors")[0];
   c.chosen_at = -1;
   const uint32_t archives = r.number();
-  if (archives != (cache_->archive_ ? 1u : 0u)) damaged("it has an archive where none is set, or the reverse");
+  const int index = cache_->archive_index_[next_layer_];
+  if (archives != (index >= 0 ? 1u : 0u)) damaged("it has an archive where none is set, or the reverse");
   if (!archives) return c;
   const ArchiveNumbers expected = numbers_of(cache_->archive_->settings_);
   if (std::memcmp(r.take(sizeof expected), &expected, sizeof expected)) damaged("its archive has other settings");
   const uint32_t end = r.number(), calibrated = r.number(), chosen_at = r.number();
   if (end > uint32_t(tokens_) || end % uint32_t(cache_->archive_->step_tokens()) || (end && end < uint32_t(cache_->archive_->settings_.sinks)))
     damaged("its archive ends at no such position");
-  if (next_layer_ && int(end) != archived_until_) damaged("the layers' archives differ in length");
+  if (index > 0 && int(end) != archived_until_) damaged("the layers' archives differ in length");
   if (calibrated > 1 || (end && !calibrated)) damaged("its archive has no statistics");
   if (chosen_at != UINT32_MAX && (chosen_at >= uint32_t(tokens_) || !end)) damaged("blocks were chosen at no such position");
   archived_until_ = int(end);
@@ -289,25 +292,33 @@ void CacheState::restore_layer(const uint8_t* blob, size_t bytes, uint64_t paylo
   layer.frequencies = r.finite(uint64_t(c.half), "frequencies");
   layer.observed_positions = r.ascending(uint64_t(c.observed), 0, tokens_, "observed positions");
   layer.observed = r.array<float>(uint64_t(c.observed) * s.heads * s.head_size);
-  Archive* archive = cache_->archive_.get();
+  const int index = cache_->archive_index_[next_layer_];
   for (int kv = 0; kv < s.kv_heads; ++kv) {
-    read_pages(layer.heads[kv], c, r);
-    if (c.calibrated) read_head(archive->head(next_layer_, kv), c, r);
+    read_pages(layer, kv, c, r);
+    if (c.calibrated) read_head(cache_->archive_->head(index, kv), c, r);
   }
   r.end();
-  if (archive) archive->layers_[next_layer_].chosen_at = c.chosen_at;
-  if (archived_until_) place_payload(payload_offset);
+  if (index >= 0) cache_->archive_->layers_[index].chosen_at = c.chosen_at;
+  if (index >= 0 && archived_until_) place_payload(index, payload_offset);
   ++next_layer_;
 }
 
-void CacheState::read_pages(KVCache::Head& head, const Counts& c, Reader& r) {
+// What is neither archived nor out of a layer's window is hot.
+void CacheState::expect_recent(const std::vector<int32_t>& positions) const {
+  const int window = cache_->shape_.window(next_layer_);
+  const int from = window ? std::max(0, tokens_ - window + 1) : archived_until_;  // what the next query sees
+  const auto first = std::lower_bound(positions.begin(), positions.end(), from);
+  if (positions.end() - first != tokens_ - from)
+    damaged(window ? "tokens are missing in a layer's window" : "tokens are missing after the archive");
+}
+
+void CacheState::read_pages(KVCache::Layer& layer, int kv_head, const Counts& c, Reader& r) {
   const CacheShape& s = cache_->shape_;
+  KVCache::Head& head = layer.heads[kv_head];
   const size_t side = side_bytes(s);
   const std::vector<int32_t> positions = r.ascending(uint64_t(c.tokens), 0, tokens_, "positions");
-  if (cache_->archive_) {  // what is not archived is hot
-    const auto first = std::lower_bound(positions.begin(), positions.end(), archived_until_);
-    if (positions.end() - first != tokens_ - archived_until_) damaged("tokens are missing after the archive");
-  }
+  if (cache_->archive_) expect_recent(positions);
+  if (s.window(next_layer_)) layer.trimmed_until = std::max(layer.trimmed_until, c.tokens ? positions[0] : tokens_);
   for (int at = 0; at < c.tokens; at += kPageTokens) {
     const int tokens = std::min(kPageTokens, c.tokens - at);
     const uint8_t* from = r.take(2 * side);
@@ -389,7 +400,7 @@ void CacheState::read_head(Archive::Head& h, const Counts& c, Reader& r) {
 }
 
 // The whole archive of a layer is one extent: in memory while the limit allows, otherwise where it lies in the file.
-void CacheState::place_payload(uint64_t offset) {
+void CacheState::place_payload(int index, uint64_t offset) {
   Archive& archive = *cache_->archive_;
   const int cells = archived_until_ / kCellTokens;
   const uint64_t bytes = uint64_t(cells) * cache_->shape_.kv_heads * archive.cell_bytes_;
@@ -404,7 +415,7 @@ void CacheState::place_payload(uint64_t offset) {
     extent->file = archive.snapshot_ = file_;
     extent->offset = offset;
   }
-  archive.layers_[next_layer_].extents.push_back(std::move(extent));
+  archive.layers_[index].extents.push_back(std::move(extent));
 }
 
 std::shared_ptr<KVCache> CacheState::finish() {

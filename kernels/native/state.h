@@ -17,7 +17,7 @@ class CacheState {
   // Saving: of a cache whose runs are all committed or rolled back (std::invalid_argument).
   static size_t layer_bytes(const KVCache&, int layer);
   static void save_layer(const KVCache&, int layer, uint8_t* out);  // layer_bytes() of them
-  // What a layer has in the archive: cell c of head h at (h * cells + c) * payload / (heads * cells). Throws
+  // What a layer has in the archive (nothing, if it has a window): cell c of head h at (h * cells + c) * payload / (heads * cells). Throws
   // std::runtime_error when some of it was lost.
   static uint64_t payload_bytes(const KVCache&, int layer);
   static void read_payload(const KVCache&, int layer, int kv_head, int first_cell, int cells, uint8_t* out);
@@ -37,11 +37,12 @@ class CacheState {
   static void write_pages(const KVCache&, const KVCache::Head&, Writer&);
   static void write_head(const Archive&, const Archive::Head&, bool chosen, Writer&);
   Counts read_counts(Reader&);
-  void read_pages(KVCache::Head&, const Counts&, Reader&);
+  void expect_recent(const std::vector<int32_t>& positions) const;
+  void read_pages(KVCache::Layer&, int kv_head, const Counts&, Reader&);
   void read_statistics(Archive::Head&, Reader&);
   static std::vector<uint8_t> read_order(int sinks, Reader&);
   void read_head(Archive::Head&, const Counts&, Reader&);
-  void place_payload(uint64_t offset);
+  void place_payload(int index, uint64_t offset);
 
   int tokens_, next_layer_ = 0, archived_until_ = 0;
   std::shared_ptr<FlashFile> file_;

@@ -51,11 +51,13 @@ class Engine(ABC):
     """Runs a model. One run at a time; `cancel` may be called from another thread.
 
     ``recalls``: whether it can keep what leaves the hot tier in an archive (policy ``auto``); ``saves``: whether
-    its caches can be saved and restored.
+    its caches can be saved and restored; ``windows``: of each layer, where layers forget what has left their window (0:
+    it has none), else empty.
     """
 
     recalls: bool
     saves: bool
+    windows: tuple[int, ...] = ()
 
     @abstractmethod
     def new_cache(
@@ -93,6 +95,14 @@ class Engine(ABC):
     @abstractmethod
     def cancel(self, cache: ConversationCache | None = None) -> None:
         """Stops the run that is under way, if there is one (and it is that of ``cache``)."""
+
+    def mark(self, cache: ConversationCache) -> None:
+        """Keeps what layers would forget: `ConversationCache.forget_from` can come back here, whatever is read."""
+        del cache
+
+    def release_mark(self, cache: ConversationCache) -> None:
+        """Gives back what only `mark` has kept."""
+        del cache
 
     def close(self) -> None:
         """Gives the weights back."""

@@ -27,12 +27,14 @@ class NativeEngine(Engine):
         self.package = package
         self.threads = threads
         spec = package.spec
+        self.windows = spec.attention_windows if any(spec.attention_windows) else ()
         self.cache_shape = CacheShape(
             layers=spec.layers,
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_size=spec.head_size,
             scale=spec.attention_scale,
+            windows=self.windows,
         )
         self._lock = threading.Lock()
         self._running: tuple[KVCache, ort.RunOptions] | None = None
@@ -99,6 +101,14 @@ class NativeEngine(Engine):
         cache.commit(count)
         row: NDArray[np.float32] = logits[0]
         return row
+
+    def mark(self, cache: ConversationCache) -> None:
+        assert isinstance(cache, KVCache), "a cache of another engine"
+        cache.mark()
+
+    def release_mark(self, cache: ConversationCache) -> None:
+        assert isinstance(cache, KVCache), "a cache of another engine"
+        cache.release_mark()
 
     def cancel(self, cache: ConversationCache | None = None) -> None:
         """At the next operator."""

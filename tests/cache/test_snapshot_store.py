@@ -73,7 +73,7 @@ def test_longest_common_prefix(store: SnapshotStore, wanted: list[int], tokens: 
 def test_only_whole_prefixes_on_request(store: SnapshotStore) -> None:
     save(store, range(50))
     save(store, range(100))
-    match = store.find(MODEL, KEY, range(90), prefix_only=True)
+    match = store.find(MODEL, KEY, range(90), most_unwanted=0)
     assert match is not None
     assert match.tokens == match.common_tokens == 50
 

@@ -14,6 +14,7 @@ from satchel.devices.planner import (
     ArchiveCost,
     Costs,
     Plan,
+    WindowCost,
     Wishes,
     make_plan,
     why,
@@ -372,3 +373,84 @@ def test_the_reason_is_the_length_only_where_it_is() -> None:
     assert (long.placement, short.placement) == ("warm", "warm")
     assert "Long texts are read and answered faster" in why(long, "q8")
     assert "not into what --kv allows" in why(short, "q8")
+
+
+# --- Layers with a window
+
+PAGE = 16_640
+WINDOWED = {
+    "gemma3": replace(COSTS, kv_bytes_per_page=6 * PAGE, layers=3, windows=(WindowCost(512, 42 * PAGE),)),
+    "gemma2": replace(COSTS, kv_bytes_per_page=24 * PAGE, layers=12, windows=(WindowCost(4096, 24 * PAGE),)),
+    "two": replace(COSTS, kv_bytes_per_page=6 * PAGE, layers=3,
+                   windows=(WindowCost(100, 12 * PAGE), WindowCost(1024, 30 * PAGE))),
+    "all": replace(COSTS, kv_bytes_per_page=0, windows=(WindowCost(4096, 48 * PAGE),)),
+}  # fmt: skip
+WINDOW_ROW = "KV cache of layers with a window"
+
+
+def with_archive(costs: Costs) -> Costs:
+    heads = costs.kv_bytes_per_page / PAGE
+    archives = tuple(ArchiveCost(name, heads * size) for name, size in (("q8", 132), ("q2", 36)))
+    return replace(costs, digest_bytes_per_token=heads * 68 / 16, archive=archives, scoring_bytes_per_token=500)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"archive": True}, {"archive": True, "disk_bytes": GB}], ids=str)
+@pytest.mark.parametrize("tokens", [1, 700, 8_192, 30_000])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windowed_plans_over_a_sweep_of_limits(name: str, tokens: int, settings: dict[str, Any]) -> None:
+    costs = with_archive(WINDOWED[name])
+    found = [plan(limit, tokens, costs, longest_tokens=32_768, **settings) for limit in LIMITS[::5]]
+    for limit, each in zip(LIMITS[::5], found, strict=True):
+        if each is None:
+            continue
+        rows = dict(each.rows)
+        assert each.total_bytes <= limit * (1 - MARGIN_SHARE) - MARGIN_BYTES
+        assert each.kv_limit_bytes == rows["KV cache"] + rows[WINDOW_ROW]
+        assert each.window_bytes == rows[WINDOW_ROW] > 0
+        assert each.fork_bytes == rows["hot pages of a fork"]
+        assert each.held_bytes(tokens) <= each.kv_ram_bytes
+        assert each.codec is None or (settings.get("archive") and name != "all")
+        own = min(each.capacity_tokens, 30_000) if each.codec is None else 30_000
+        for window in costs.windows:
+            pruned = each.placement == "pruned" and window.window > (each.hot_tokens or 0)
+            most = own if pruned else min(own, window.window + 126 + each.chunk)
+            assert each.window_bytes >= -(-most // 64) * window.page_bytes
+            if not pruned:  # what a question of so many tokens pushes out is kept until it was read
+                assert each.window_bytes >= -(-(most + min(own, 500, window.window)) // 64) * window.page_bytes
+        if each.hot_tokens is None:
+            assert each.capacity_tokens >= tokens
+    possible = [each is not None for each in found]
+    assert possible == sorted(possible)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, {"archive": True}, {"archive": True, "disk_bytes": GB}], ids=str)
+@pytest.mark.parametrize("tokens", [1, 300, 4_224, 30_000])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_smallest_limit_with_windows_works_and_less_does_not(
+    name: str, tokens: int, settings: dict[str, Any]
+) -> None:
+    costs = with_archive(WINDOWED[name])
+    limit = smallest(tokens, costs, **settings)
+    assert plan(limit, tokens, costs, **settings)
+    assert plan(limit - 4, tokens, costs, **settings) is None
+
+
+@pytest.mark.parametrize("settings", [{"keep_everything": True}, {"archive": True}], ids=str)
+def test_windowed_layers_take_the_same_at_any_length(settings: dict[str, Any]) -> None:
+    sizes, held = [], []
+    for tokens in (10_000, 20_000, 100_000):
+        found = planned(100 * GB, tokens, with_archive(WINDOWED["gemma3"]), **settings)
+        sizes.append((found.window_bytes, found.fork_bytes))
+        held.append(found.held_bytes(tokens) - found.warm_bytes - found.digest_bytes)
+    assert sizes[0] == sizes[1] == sizes[2]
+    if settings.get("archive"):
+        assert held[0] == held[1] == held[2]
+
+
+def test_where_all_layers_have_a_window_nothing_is_archived_and_nothing_grows() -> None:
+    costs = with_archive(WINDOWED["all"])
+    for tokens in (10_000, 1_000_000):
+        found = planned(2 * GB, tokens, costs, archive=True, disk_bytes=GB, longest_tokens=32_768)
+        assert (found.placement, found.codec, found.hot_tokens) == ("full", None, None)
+        assert found.capacity_tokens > 1 << 30  # no length of a conversation is too much
+        assert found.kv_limit_bytes == 48 * PAGE * -(-(4096 + 128 + found.chunk + 1024 + 64) // 64)

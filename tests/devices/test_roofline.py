@@ -45,6 +45,27 @@ def test_pairs_against_a_loop(plan: Plan, tokens: int) -> None:
     assert attended_pairs(plan, tokens) == pytest.approx(slow)
 
 
+@pytest.mark.parametrize("plan", [FULL, PRUNED, COLD], ids=lambda plan: plan.placement)
+@pytest.mark.parametrize("window", [1, 64, 200, 600])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 2_000])
+def test_pairs_of_a_layer_with_a_window(plan: Plan, window: int, tokens: int) -> None:
+    slow = sum(min(place + 1, window) for place in range(tokens))
+    is_pruned = plan is PRUNED and window == 600  # a budget of 300
+    assert attended_pairs(plan, tokens, window) == pytest.approx(attended_pairs(plan, tokens) if is_pruned else slow)
+
+
+def test_layers_with_a_window_cost_little_at_any_length() -> None:
+    windowed = replace(WORK, kv_heads=12, layers=4, windows=(100, 100, 50))
+    pairs = [sum(min(place + 1, window) for place in range(1000)) for window in (1000, 100, 100, 50)]
+    found = predict(FULL, 1000, RATES, windowed, FLASH, recall_every=8)
+    assert found.read_seconds == pytest.approx(1000 * 0.005 + sum(pairs) / 4 * 4e-6)
+    assert found.decode_tokens_per_second == pytest.approx(1 / (0.035 + (1000 + 250) / 4 * 2e-6))
+    for plan in (WARM, COLD):
+        less, more = (predict(plan, 9_000, RATES, work, FLASH, recall_every=8) for work in (windowed, WORK))
+        assert less.read_seconds < more.read_seconds
+        assert less.decode_tokens_per_second > more.decode_tokens_per_second
+
+
 def test_reading_the_whole_is_counted_to_the_letter() -> None:
     read, decode = seconds(FULL, 1000)
     assert read == pytest.approx(1000 * 0.005 + 1000 * 1001 / 2 * 4e-6)

@@ -20,6 +20,7 @@ from satchel.cache.scorers import scorer_names
 from satchel.errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
 from satchel.runtime import Context, Model
 from satchel.runtime.engines import NativeEngine
+from stopping import Session, interrupt
 
 Load = Callable[..., Model]
 FP32 = {"storage": "fp32"}
@@ -81,32 +82,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 @pytest.fixture
 def model(load_tiny: Load) -> Model:
     return load_tiny(EXACT, kv=FP32)
-
-
-class Session:
-    """Stands before an ONNX Runtime session: calls ``act`` before or after the run with this number."""
-
-    def __init__(self, model: Model, number: int, act: Callable[[], None], *, after: bool = False) -> None:
-        assert isinstance(model.engine, NativeEngine)
-        self.engine, self.number, self.act, self.after = model.engine, number, act, after
-        self.inner = self.engine._session
-        self.engine._session = self  # type: ignore[assignment]
-
-    def run(self, *arguments: Any) -> Any:
-        self.number -= 1
-        if self.number == 0 and not self.after:
-            self.act()
-        result = self.inner.run(*arguments)
-        if self.number == 0 and self.after:
-            self.act()
-        return result
-
-    def remove(self) -> None:
-        self.engine._session = self.inner
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 # --- turns
