@@ -475,6 +475,8 @@ def load(
         flavour="native" if device == "cpu" else "portable",
     )  # fmt: skip
     package = replace(package, yarn_factor=yarn_factor)
+    if package.manifest.flavour == "portable" and device == "cpu":
+        tell("the portable flavour is slow on the CPU, where it is a check for other devices; use the native one")
     folder = Path(cache_dir) if cache_dir else None
     snapshots = None
     if cache:

@@ -283,6 +283,12 @@ def loaded(package: Package, cache_dir: Path, **options: Any) -> Model:
     return satchel.load(package.folder, cache_dir=cache_dir, threads=2, notice=lambda _: None, **options)
 
 
+def test_on_the_cpu_it_says_that_the_native_one_is_faster(export_tiny: Export, tmp_path: Path) -> None:
+    lines: list[str] = []
+    satchel.load(export_tiny().folder, cache_dir=tmp_path, threads=1, notice=lines.append).close()
+    assert [line for line in lines if "use the native one" in line]
+
+
 def test_asking_through_load(export_tiny: Export, tmp_path: Path) -> None:
     text = "the thing in the other " * 40
     answers = {}
