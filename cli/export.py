@@ -51,7 +51,8 @@ Examples:
     type=click.Choice(list(FLAVOURS)),
     default="native",
     show_default=True,
-    help="native: for Satchel's own kernels on the CPU.",
+    help="native: for Satchel's own kernels on the CPU; portable: stock ONNX Runtime operators, for any device "
+    "(cuda, dml, coreml; not run on a GPU yet).",
 )
 @click.option(
     "--kv",

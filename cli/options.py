@@ -112,7 +112,8 @@ _MODEL_OPTIONS = (
     click.option("--threads", type=click.IntRange(1, 1024), metavar="N",
                  help="Threads to compute with.  [default: the cores that this process may use]"),
     click.option("--device", type=click.Choice(DEVICES), default=DEVICES[0], show_default=True,
-                 help="Where to compute."),
+                 help="Where to compute. All but cpu take the portable flavour of the model and an ONNX Runtime of "
+                      "their own; not run on a GPU yet."),
     click.option("--rope", metavar="as-trained|yarn[:FACTOR]", default="as-trained", show_default=True,
                  help="yarn stretches the positions so that FACTOR (4) times the trained context can be read; as "
                       "trained, what is farther away is attended to as if it were nearer."),

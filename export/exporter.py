@@ -33,6 +33,7 @@ from .package import (
     record_files,
     write_manifest,
 )
+from .portable import PortableFlavour
 from .ready_tokenizer import ready_tokenizer
 from .sources import Source, open_source
 from .tokenizer import TokenizerSettings, build_tokenizer
@@ -54,7 +55,10 @@ class Flavour(Protocol):
     def write(self, folder: Path, progress: Progress) -> list[MatrixRecord]: ...
 
 
-FLAVOURS = {"native": NativeFlavour}
+FLAVOURS: dict[str, Callable[[DecoderModel, Source, int], Flavour]] = {
+    "native": NativeFlavour,
+    "portable": PortableFlavour,
+}
 
 
 def export_model(
@@ -126,7 +130,7 @@ def _export(
     source: Source, sha256: str | None, out: Path, bits: int, flavour: str, progress: Progress
 ) -> Package:
     """Looks at all that may be refused before the source is hashed or a byte is written."""
-    writer: Flavour = FLAVOURS[flavour](read_model(source), source, bits)
+    writer = FLAVOURS[flavour](read_model(source), source, bits)
     settings, make_tokenizer = _tokenizer(source, writer.model.spec.vocab)
     sha256 = sha256 or source.hash(progress)
     with temporary_folder(out, bytes_needed=writer.bytes_needed + TOKENIZER_BYTES) as folder:

@@ -15,9 +15,14 @@ from .sources import is_huggingface
 
 
 def resolve_model(
-    name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None, notice: Notice = log_notice
+    name: str | Path,
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+    notice: Notice = log_notice,
+    flavour: str = "native",
 ) -> Package:
-    """The package of a model, fetched and exported first where that is needed.
+    """The package of a model, fetched and exported (as ``flavour``) first where that is needed.
 
     Raises:
         ModelError: no such model, or one that cannot be used.
@@ -26,7 +31,7 @@ def resolve_model(
     path = find_source(name, cache_dir=cache_dir, progress=progress, notice=notice)
     if path.is_dir() and ((path / MANIFEST_FILE).exists() or not is_huggingface(path)):
         return open_package(path)
-    return ensure_package(path, cache_folder(cache_dir), progress, notice=notice)
+    return ensure_package(path, cache_folder(cache_dir), progress, flavour=flavour, notice=notice)
 
 
 def find_source(

@@ -91,7 +91,7 @@ class WeightFile:
             self._written(self.size)
 
 
-class _ErrorMeter:
+class ErrorMeter:
     """Accumulates the error of stored weights against the source's."""
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ def read_vector(weight: WeightRole, source: Source) -> Floats:
     tensor = source.tensors[weight.tensor]
     values = to_float(tensor.read_rows(0, tensor.rows), tensor.type_name).reshape(-1)
     values = values[weight.first_row : weight.first_row + weight.shape[0]]
-    _check_finite(float(np.abs(values).max()), tensor)
+    check_finite(float(np.abs(values).max()), tensor)
     order = weight.row_order()
     return values if order is None else values[order]
 
@@ -167,8 +167,8 @@ def write_matrix(planned: PlannedMatrix, out: WeightFile) -> MatrixRecord:
         ModelError: it holds NaN or infinity, or the source ends early.
     """
     offset = out.align()
-    meter = _ErrorMeter()
-    multiplier = _multiplier(planned)
+    meter = ErrorMeter()
+    multiplier = multiplier_of(planned)
     for packed in pack_chunks(_stored_chunks(planned, multiplier, meter), multiplier):
         out.write(packed)
     assert out.size - offset == planned.packed_bytes
@@ -183,7 +183,7 @@ def write_matrix(planned: PlannedMatrix, out: WeightFile) -> MatrixRecord:
     )  # fmt: skip
 
 
-def _multiplier(planned: PlannedMatrix) -> float:
+def multiplier_of(planned: PlannedMatrix) -> float:
     """1 where the factors are float16 in the file (nothing is rounded then), else what fits the largest
     factor.
     """
@@ -193,27 +193,27 @@ def _multiplier(planned: PlannedMatrix) -> float:
         return 1.0
     largest = 0.0
     top = 1 if planned.form.has_min else (1 << (planned.form.bits - 1)) - 1
-    for raw in _raw_chunks(planned):
+    for raw in raw_chunks(planned):
         if carried is not None:
             found = carry_over(raw, tensor.type_name).largest_factor()
         else:
             found = float(np.abs(to_float(raw, tensor.type_name)).max()) / top
-        _check_finite(found, tensor)
+        check_finite(found, tensor)
         largest = max(largest, found)
     return scale_multiplier(largest)
 
 
-def _stored_chunks(planned: PlannedMatrix, multiplier: float, meter: _ErrorMeter) -> Iterator[BlockTensor]:
+def _stored_chunks(planned: PlannedMatrix, multiplier: float, meter: ErrorMeter) -> Iterator[BlockTensor]:
     """Groups of rows with the factors that storage leaves of them."""
     type_name = planned.source.type_name
-    for raw in _raw_chunks(planned):
+    for raw in raw_chunks(planned):
         if not planned.exact:
             values = to_float(raw, type_name)
             chunk = quantize(values, planned.form, multiplier)
             meter.add(values, chunk.dequantize())
         else:
             chunk = carry_over(raw, type_name)
-            _check_finite(chunk.largest_factor(), planned.source)
+            check_finite(chunk.largest_factor(), planned.source)
             if not CARRIED[type_name].half_factors:
                 mins = None if chunk.mins is None else stored_factors(chunk.mins, multiplier)
                 stored = BlockTensor(
@@ -223,7 +223,7 @@ def _stored_chunks(planned: PlannedMatrix, multiplier: float, meter: _ErrorMeter
         yield chunk
 
 
-def _raw_chunks(planned: PlannedMatrix) -> Iterator[npt.NDArray[np.uint8]]:
+def raw_chunks(planned: PlannedMatrix) -> Iterator[npt.NDArray[np.uint8]]:
     """Raw rows in the package's order, whole panels at a time."""
     tensor, weight, order = planned.source, planned.weight, planned.weight.row_order()
     rows = max(CHUNK_ELEMENTS // tensor.columns // ROWS_PER_PANEL, 1) * ROWS_PER_PANEL
@@ -233,7 +233,8 @@ def _raw_chunks(planned: PlannedMatrix) -> Iterator[npt.NDArray[np.uint8]]:
         yield tensor.read_rows(start, stop) if whole is None else whole[start - first : stop - first]
 
 
-def _check_finite(largest: float, tensor: SourceTensor) -> None:
+def check_finite(largest: float, tensor: SourceTensor) -> None:
+    """Raises ModelError when the largest of some numbers is none."""
     if not math.isfinite(largest):
         raise ModelError(
             f"{tensor.path}: tensor {tensor.name} holds NaN or infinity; download the file again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .. import kernels
 from ..cache import CacheSettings
@@ -59,6 +60,26 @@ def archive_costs(
     return tuple(ArchiveCost(name, heads * find_codec(name).bytes_per_token(spec.head_size)) for name in names)
 
 
+def unpacked_bytes(package: Package) -> int:
+    """What the portable flavour takes for a moment on the CPU: the largest matrix of 8 bits, as floats."""
+    sizes = (matrix["rows"] * matrix["columns"] for matrix in package.manifest.matrices if matrix["bits"] == 8)
+    return 4 * max(sizes, default=0)
+
+
+def portable_costs(package: Package, costs: Costs, observed_queries: int) -> Costs:
+    """The figures for the portable flavour: each run makes a new cache beside the old one, and scoring takes a row of
+    logits for each observed query of each head.
+    """
+    spec = package.spec
+    return replace(
+        costs,
+        process_bytes=costs.process_bytes + unpacked_bytes(package),
+        kv_bytes_per_page=2 * costs.kv_bytes_per_page,
+        windows=tuple(replace(cost, page_bytes=2 * cost.page_bytes) for cost in costs.windows),
+        scoring_bytes_per_token=4 * (4 * spec.kv_heads * spec.head_size + 3 * observed_queries * spec.heads),
+    )
+
+
 def costs_of(
     package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1, windows: Sequence[int] = ()
 ) -> Costs:  # fmt: skip
@@ -67,7 +88,7 @@ def costs_of(
     layers = full_layers(spec, windows)
     pages = layers * spec.kv_heads
     scorer = find_scorer(settings.scorer)
-    return Costs(
+    costs = Costs(
         process_bytes=process_bytes,
         weight_bytes=package.weight_bytes,
         scratch_bytes_per_chunk_token=scratch_bytes_per_chunk_token(package),
@@ -82,3 +103,6 @@ def costs_of(
         threads=threads,
         windows=window_costs(spec, windows, settings.storage),
     )
+    if package.manifest.flavour == "portable":
+        return portable_costs(package, costs, scorer.observed_queries)
+    return costs

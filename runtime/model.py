@@ -30,12 +30,13 @@ from ..export.resolve import resolve_model
 from .chat_template import ChatTemplate
 from .context import Context
 from .documents import read_documents
-from .engines import ConversationCache, Engine, open_engine
+from .engines import DEVICES as _DEVICES
+from .engines import ConversationCache, Engine, find_device, open_engine
 from .memory import CODECS_OF_CHOICE, costs_of, full_layers
 from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
 
-DEVICES = ("cpu",)
+DEVICES = tuple(_DEVICES)
 MOST_TOKENS = 1 << 24  # of a conversation whose far tokens are recalled: the cache's positions have room for more
 ANSWER_ROOM = 1024  # tokens of questions and answers that a plan makes room for beside the document
 OUTGROWN_RECALL_TOKENS = 1024  # of a whole cache that outgrew its memory
@@ -56,6 +57,7 @@ class Options:
     threads: int
     disk_bytes: int | None = None  # what may be written beside models; None: a share of what is free
     given: frozenset[str] = frozenset()  # keys of the settings that a person set: the planner leaves these alone
+    device: str = "cpu"
 
     @classmethod
     def check(
@@ -68,8 +70,7 @@ class Options:
         disk: str | int | None = None,
     ) -> Options:
         """Raises OptionError for anything unknown or out of range."""
-        if device not in DEVICES:
-            raise OptionError(f"device {device!r} is not supported by this version; use {' or '.join(DEVICES)}")
+        find_device(device)
         if threads is not None and not 1 <= threads <= 1024:
             raise OptionError(f"threads is {threads}; give a number from 1 to 1024")
         settings = CacheSettings.parse(kv)
@@ -85,7 +86,7 @@ class Options:
             raise OptionError("policy full keeps every token: leave out kv budget_bytes, or use policy auto")
         limit = default_memory_limit() if memory is None else parse_size(memory)
         disk_bytes = None if disk is None else parse_size(disk)
-        return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, frozenset(kv or ()))
+        return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, frozenset(kv or ()), device)
 
     @property
     def recalls(self) -> bool:
@@ -125,7 +126,7 @@ class Model:
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
-        self._engine: Engine | None = open_engine(package, options.threads)
+        self._engine: Engine | None = open_engine(package, options.threads, options.settings, options.device)
         self._snapshots = snapshots if self._engine.saves else None
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
         tokens = package.manifest.tokenizer
@@ -451,6 +452,7 @@ def load(
         kv: settings of the cache: ``hot_tokens``, ``chunk``, ``sinks``, ``window``, ``scorer``, ``storage``,
             ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``.
         threads: None: all cores that this process may use.
+        device: ``cpu``, ``cuda``, ``dml`` or ``coreml``: all but the first take the portable flavour of the model.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
         rope: ``yarn`` or ``yarn:FACTOR`` (4 when left out) stretches the positions so that the model reads that many
             times its trained context (YaRN, arXiv 2309.00071); ``as-trained`` leaves them.
@@ -469,9 +471,12 @@ def load(
     options, yarn_factor = Options.check(memory, policy, kv, threads, device, disk), parse_rope(rope)
     tell = notice or log_notice
     package = resolve_model(
-        model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell
-    )
+        model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell,
+        flavour="native" if device == "cpu" else "portable",
+    )  # fmt: skip
     package = replace(package, yarn_factor=yarn_factor)
+    if package.manifest.flavour == "portable" and device == "cpu":
+        tell("the portable flavour is slow on the CPU, where it is a check for other devices; use the native one")
     folder = Path(cache_dir) if cache_dir else None
     snapshots = None
     if cache:

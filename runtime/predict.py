@@ -182,6 +182,10 @@ def _attend(model: Model, pages: kernels.KVCache, layers: int, first: int, count
 def _key(model: Model) -> str:
     """Names this model, this machine and how it is used."""
     options = model.options
-    parts = (model.package.fingerprint, options.threads, cpu_name(), kernels.active_variant(), options.settings.storage)
+    parts: tuple[object, ...] = (
+        model.package.fingerprint, options.threads, cpu_name(), kernels.active_variant(), options.settings.storage,
+    )  # fmt: skip
+    if options.device != "cpu":
+        parts = (*parts, options.device)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
