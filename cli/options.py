@@ -18,6 +18,7 @@ from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
 from ..runtime import Model, load
 from ..runtime.context import DEFAULT_NEW_TOKENS
+from ..runtime.engines.rules import ENGINES, NATIVE
 from ..runtime.model import DEVICES, Options
 from ..runtime.sampling import SamplingOptions
 
@@ -36,6 +37,7 @@ class CommonOptions:
     kv: Mapping[str, str]
     threads: int | None
     device: str
+    engine: str
     cache_dir: Path | None
     no_cache: bool
     cache_limit: int | None
@@ -45,7 +47,7 @@ class CommonOptions:
     def check(self) -> None:
         """Raises click.UsageError for a value that no model could work with."""
         try:
-            Options.check(self.memory, self.policy, self.kv, self.threads, self.device, self.disk)
+            Options.check(self.memory, self.policy, self.kv, self.threads, self.device, self.disk, self.engine)
             SamplingOptions(**self.sampling)
         except OptionError as error:
             raise click.UsageError(str(error), click.get_current_context(silent=True)) from error
@@ -60,6 +62,7 @@ class CommonOptions:
             threads=self.threads,
             device=self.device,
             disk=self.disk,
+            engine=self.engine,
             cache=not self.no_cache,
             cache_limit=self.cache_limit,
             cache_dir=self.cache_dir,
@@ -93,6 +96,12 @@ disk_option = click.option(
          "tenth of what is free]",
 )  # fmt: skip
 
+engine_option = click.option(
+    "--engine", type=click.Choice(list(ENGINES)), default=NATIVE, show_default=True,
+    help="What runs the model: llama.cpp runs the .gguf file itself (pip install \"satchel[llama-cpp]\"); old tokens "
+         "are forgotten there, not recalled, and --kv storage is f16, q8_0 or q4_0.",
+)  # fmt: skip
+
 _MODEL_OPTIONS = (
     click.option("-m", "--model", metavar="NAME|PATH", default=DEFAULT_MODEL, show_default=True,
                  help="A name that 'satchel models' lists, a .gguf file, a folder made by 'satchel export', a model "
@@ -110,6 +119,7 @@ _MODEL_OPTIONS = (
                  help="Threads to compute with.  [default: the cores that this process may use]"),
     click.option("--device", type=click.Choice(DEVICES), default=DEVICES[0], show_default=True,
                  help="Where to compute."),
+    engine_option,
     click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
                  help="Keep models in this folder (else $SATCHEL_CACHE_DIR, else the platform's cache "
                       "folder)."),

@@ -30,8 +30,10 @@ from ..export.resolve import resolve_model
 from .chat_template import ChatTemplate
 from .context import Context
 from .documents import read_documents
-from .engines import ConversationCache, Engine, open_engine
-from .memory import CODECS_OF_CHOICE, costs_of
+from .engines import ConversationCache, Engine, open_engine, require_engine
+from .engines.rules import NATIVE, find_rules
+from .file_settings import with_settings_of
+from .memory import CODECS_OF_CHOICE
 from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
 
@@ -55,6 +57,7 @@ class Options:
     threads: int
     disk_bytes: int | None = None  # what may be written beside models; None: a share of what is free
     given: frozenset[str] = frozenset()  # keys of the settings that a person set: the planner leaves these alone
+    engine: str = NATIVE
 
     @classmethod
     def check(
@@ -65,13 +68,17 @@ class Options:
         threads: int | None,
         device: str,
         disk: str | int | None = None,
+        engine: str = NATIVE,
     ) -> Options:
         """Raises OptionError for anything unknown or out of range."""
         if device not in DEVICES:
             raise OptionError(f"device {device!r} is not supported by this version; use {' or '.join(DEVICES)}")
         if threads is not None and not 1 <= threads <= 1024:
             raise OptionError(f"threads is {threads}; give a number from 1 to 1024")
-        settings = CacheSettings.parse(kv)
+        rules = find_rules(engine)
+        settings = CacheSettings.parse(kv, storages=rules.storages)
+        if rules.default_scorer is not None and "scorer" not in (kv or {}):
+            settings = replace(settings, scorer=rules.default_scorer)
         if policy in scorer_names():
             hot = settings.hot_tokens or (NAMED_POLICY_HOT_TOKENS if settings.budget_bytes is None else None)
             settings = replace(settings, scorer=policy, hot_tokens=hot)
@@ -82,9 +89,10 @@ class Options:
             raise OptionError("policy full keeps every token: leave out kv hot_tokens, or use policy auto")
         if policy == "full" and settings.budget_bytes is not None:
             raise OptionError("policy full keeps every token: leave out kv budget_bytes, or use policy auto")
+        rules.check(kv or (), settings.scorer, disk=disk is not None)
         limit = default_memory_limit() if memory is None else parse_size(memory)
         disk_bytes = None if disk is None else parse_size(disk)
-        return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, frozenset(kv or ()))
+        return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, frozenset(kv or ()), engine)
 
     @property
     def recalls(self) -> bool:
@@ -124,7 +132,7 @@ class Model:
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
-        self._engine: Engine | None = open_engine(package, options.threads)
+        self._engine: Engine | None = open_engine(package, options.threads, options.engine)
         self._snapshots = snapshots if self._engine.saves else None
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
         tokens = package.manifest.tokenizer
@@ -393,7 +401,7 @@ class Model:
         others = sum(plan.kv_ram_bytes + plan.fork_bytes for plan in plans)
         settings, policy = self.options.settings, self.options.policy
         process_bytes = self._used_bytes + text_bytes + others
-        costs = costs_of(self._package, settings, process_bytes=process_bytes, threads=self.options.threads)
+        costs = self.engine.costs(settings, process_bytes=process_bytes)
         return make_plan(
             costs,
             self.options.memory_bytes,
@@ -422,6 +430,7 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     disk: str | int | None = None,
+    engine: str = NATIVE,
     cache: bool = True,
     cache_limit: str | int | None = None,
     cache_dir: str | Path | None = None,
@@ -438,6 +447,8 @@ def load(
             ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``.
         threads: None: all cores that this process may use.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
+        engine: ``native``, or ``llama.cpp``: runs the .gguf file itself on llama-cpp-python (extra ``llama-cpp``);
+            forgets by ``recency``, ``keydiff`` or ``snapkv`` instead of recalling, ``kv`` storage is f16, q8_0 or q4_0.
         cache: whether to open and save snapshots of read documents: what was read once is not read twice.
         cache_limit: what all snapshots may take on disk; the least recently used go first. None: a tenth of the disk's
             free space, at most 20 GB.
@@ -450,11 +461,15 @@ def load(
         ModelError, DownloadError, StorageError: the model cannot be had.
     """
     limit = None if cache_limit is None else parse_size(cache_limit)
-    options = Options.check(memory, policy, kv, threads, device, disk)
+    Options.check(memory, policy, kv, threads, device, disk, engine)
+    require_engine(engine)
     tell = notice or log_notice
     package = resolve_model(
-        model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell
-    )
+        model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell,
+        linked=find_rules(engine).linked,
+    )  # fmt: skip
+    kv = with_settings_of(package, kv, policy, engine, tell)
+    options = Options.check(memory, policy, kv, threads, device, disk, engine)
     folder = Path(cache_dir) if cache_dir else None
     snapshots = None
     if cache:

@@ -41,7 +41,7 @@ class DocumentSnapshots:
         self, ids: Sequence[int], engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None
     ) -> ConversationCache | None:
         """A cache that holds the first tokens of ``ids``, as many as any snapshot has; None when none helps."""
-        held = _held(settings, plan, archive)
+        held = _held(settings, plan, archive, engine)
         truncates = plan.hot_tokens is None or archive is not None  # what a scorer dropped cannot come back
         match = self._store.find(self._fingerprint, settings_key(held), ids, prefix_only=not truncates)
         if match is None or match.common_tokens < min(LEAST_TOKENS, len(ids)):
@@ -59,13 +59,14 @@ class DocumentSnapshots:
         self,
         ids: Sequence[int],
         cache: ConversationCache,
+        engine: Engine,
         settings: CacheSettings,
         plan: Plan,
         archive: ArchiveOptions | None,
         documents: Sequence[str],
     ) -> None:
         """Saves what was read; when there is no room, says so and goes on."""
-        held = _held(settings, plan, archive)
+        held = _held(settings, plan, archive, engine)
         subject = Subject(self._fingerprint, self._name, held, documents)
         usage = cache.usage()
         if usage.lost_tokens:  # a snapshot would lack them too, when there is room again
@@ -110,9 +111,9 @@ class DocumentSnapshots:
         return cache
 
 
-def _held(settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None) -> dict[str, Any]:
+def _held(settings: CacheSettings, plan: Plan, archive: ArchiveOptions | None, engine: Engine) -> dict[str, Any]:
     """All that changes what a cache holds after reading, except how much of it is hot: that is in the snapshot."""
-    held: dict[str, Any] = {"version": STATE_VERSION, "storage": settings.storage}
+    held: dict[str, Any] = {"version": STATE_VERSION, "storage": settings.storage, **engine.state_key}
     if plan.hot_tokens is None:
         outgrown = {"codec": archive.codec, "retriever": archive.retriever} if archive else {}
         return held | {"kind": "full"} | outgrown
