@@ -42,7 +42,8 @@ class DocumentSnapshots:
     ) -> ConversationCache | None:
         """A cache that holds the first tokens of ``ids``, as many as any snapshot has; None when none helps."""
         held = _held(settings, plan, archive, engine)
-        truncates = plan.hot_tokens is None or archive is not None  # what a scorer dropped cannot come back
+        # what a scorer dropped cannot come back
+        truncates = engine.truncates and (plan.hot_tokens is None or archive is not None)
         match = self._store.find(self._fingerprint, settings_key(held), ids, prefix_only=not truncates)
         if match is None or match.common_tokens < min(LEAST_TOKENS, len(ids)):
             return None

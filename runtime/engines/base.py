@@ -58,6 +58,8 @@ class Engine(ABC):
 
     recalls: bool
     saves: bool
+    truncates: bool = True
+    """Whether a restored cache can forget tokens from the middle of what was saved."""
     state_key: Mapping[str, str] = MappingProxyType({})
     """What saved states depend on beside model and settings."""
 

@@ -26,7 +26,17 @@ from ....export.package import Package
 from ..base import Cancelled, ConversationCache, Engine
 from . import costs, states
 from .cache import Family, LlamaCppCache, Observed
-from .library import BATCH, CELL_STEP, SEQUENCES, VERSION, LlamaContext, LoadedModel, buffer_bytes, last_complaint
+from .library import (
+    BATCH,
+    CELL_STEP,
+    KV_TYPES,
+    SEQUENCES,
+    VERSION,
+    LlamaContext,
+    LoadedModel,
+    buffer_bytes,
+    last_complaint,
+)
 from .observer import Observer
 
 FIRST_CELLS = 4096  # of a context, where its limit has room for them
@@ -46,6 +56,8 @@ class LlamaCppEngine(Engine):
         self.package = package
         self.layers = package.spec.layers
         self.observer: Observer | None = None
+        self._windowed = any(0 < each < package.spec.context_length for each in package.spec.attention_windows)
+        self.truncates = not self._windowed  # of a windowed layer, llama.cpp saves the window only
         self.state_key = {"engine": f"llama.cpp {VERSION}"}
         self._threads = threads
         self._lock = threading.RLock()
@@ -115,7 +127,9 @@ class LlamaCppEngine(Engine):
                 context = self._roomy_context(settings, len(saved.positions))
                 if watched:
                     context.clear()
-                states.load(snapshot, context, cache.sequence, saved, self.package.folder.parent)
+                row_bytes = self.cell_bytes(settings) // (2 * self.layers)
+                layout = states.Layout(self.layers, KV_TYPES[settings.storage], row_bytes, in_order=watched)
+                states.load(snapshot, context, cache.sequence, saved, layout, self.package.folder.parent)
                 cache.positions, cache.total_tokens = np.sort(saved.positions), saved.total_tokens
                 if watched:
                     order = np.argsort(saved.positions).astype(np.int64)
@@ -332,8 +346,7 @@ class LlamaCppEngine(Engine):
         return graph + (buffer_bytes("output") or 4 * SEQUENCES * spec.vocab)
 
     def _refuse_windows(self, settings: CacheSettings) -> None:
-        windows = any(0 < each < self.package.spec.context_length for each in self.package.spec.attention_windows)
-        if windows and find_scorer(settings.scorer).needs_pairs:
+        if self._windowed and find_scorer(settings.scorer).needs_pairs:
             raise OptionError(
                 f"{settings.scorer} is not available with --engine llama.cpp for models with sliding windows; use "
                 "--policy recency"

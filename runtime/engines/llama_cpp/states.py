@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ RAW = "raw"
 PIECE_BYTES = 1 << 20
 FIXED_BYTES = 1 << 16  # of what is saved beside the cells, at most
 RECORD_BYTES = 64  # of a cell beside its keys and values, at most
-HEADER_BYTES = 16  # of llama.cpp's file: magic number, version, tokens (we give it none), streams; cells follow
+HEADER_BYTES = 12  # of llama.cpp's file: magic number, version, tokens (we give it none)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,18 @@ class Saved:
     queries: NDArray[np.float32] | None
     query_positions: NDArray[np.int32] | None
     scale: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a state of this model has: ``kind`` is ggml's number of the storage, ``row_bytes`` those of a token's keys in
+    one layer. ``in_order``: the cells' order must be that of the positions in the snapshot, as scorers rely on it.
+    """
+
+    layers: int
+    kind: int
+    row_bytes: int
+    in_order: bool
 
 
 @contextlib.contextmanager
@@ -111,8 +123,10 @@ def read(snapshot: Snapshot, spec: ModelSpec, cell_bytes: int) -> Saved:
     return Saved(total, positions, queries.reshape(layers, len(asked), heads, head_size), asked, scale)
 
 
-def load(snapshot: Snapshot, context: LlamaContext, sequence: int, saved: Saved, folder: Path) -> None:
-    """Gives a state to llama.cpp, once its checksum is known to be right.
+def load(
+    snapshot: Snapshot, context: LlamaContext, sequence: int, saved: Saved, layout: Layout, folder: Path
+) -> None:  # fmt: skip
+    """Gives a state to llama.cpp, once its checksum is known to be right, and all numbers in it but keys and values.
 
     Raises:
         SnapshotError: it is damaged, or not the state of these positions.
@@ -126,14 +140,48 @@ def load(snapshot: Snapshot, context: LlamaContext, sequence: int, saved: Saved,
                 file.write(piece)
             size = file.tell()
         with path.open("rb") as file:
-            head, cells = file.read(HEADER_BYTES), int.from_bytes(file.read(4), "little")
-        if head != empty[:HEADER_BYTES] or cells != len(saved.positions):
-            raise _unusable(snapshot, "its state is not one of so many tokens")
+            if file.read(HEADER_BYTES) != empty[:HEADER_BYTES] or not _is_sound(file, size, saved, layout):
+                raise _unusable(snapshot, "its state is not one of this model and these tokens")
         if not context.load(path, sequence):
             raise _unusable(snapshot, "llama.cpp does not take its state")
     last, grown = context.last_position(sequence), context.state_bytes(sequence) - empty_bytes
     if last != saved.total_tokens - 1 or grown != size - len(empty):
         raise _unusable(snapshot, "its state is not that of its tokens")
+
+
+def _is_sound(file: BinaryIO, size: int, saved: Saved, layout: Layout) -> bool:
+    """Whether what follows the header is what llama.cpp would have written for these positions.
+
+    For each of its caches (windowed layers have one of their own, which holds their window): streams, cells; position,
+    count of sequences and sequence of each cell; transposed, layers; type, bytes of a row and rows of each layer's keys,
+    then of each layer's values.
+    """
+    layers, first = 0, True
+    while file.tell() < size:
+        streams, cells = _numbers(file, 2)
+        records = _numbers(file, 3 * cells).reshape(-1, 3) if cells <= len(saved.positions) else np.empty((0, 3))
+        if streams != 1 or len(records) != cells or (first and cells != len(saved.positions)):
+            return False
+        known = records[:, 0] == saved.positions if first and layout.in_order else np.isin(records[:, 0], saved.positions)
+        if not known.all() or (records[:, 1] != 1).any() or len(np.unique(records[:, 0])) != cells:
+            return False
+        transposed, count = _numbers(file, 2)
+        layers += int(count)
+        if transposed or layers > layout.layers:
+            return False
+        for _ in range(2 * int(count)):
+            kind, row, rest = _numbers(file, 3)
+            if (kind, row, rest) != (layout.kind, layout.row_bytes, 0):
+                return False
+            file.seek(int(row) * int(cells), os.SEEK_CUR)
+        first = False
+    return file.tell() == size and layers == layout.layers
+
+
+def _numbers(file: BinaryIO, count: int) -> NDArray[np.int64]:
+    """uint32 from a file; zeros behind its end."""
+    data = file.read(4 * int(count))
+    return np.frombuffer(data.ljust(4 * int(count), b"\0"), "<u4").astype(np.int64)
 
 
 def _section(snapshot: Snapshot, name: str, most_bytes: int) -> bytes:
