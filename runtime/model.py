@@ -132,9 +132,10 @@ class Model:
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
+        self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
+        release_free_memory()  # opening it takes more than keeping it: before an engine has its weights in memory
         self._engine: Engine | None = open_engine(package, options.threads, options.engine)
         self._snapshots = snapshots if self._engine.saves else None
-        self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
         tokens = package.manifest.tokenizer
         self._template = ChatTemplate(
             tokens.chat_template, bos_token=self._spelling(tokens.bos_id), eos_token=self._spelling(tokens.eos_id)

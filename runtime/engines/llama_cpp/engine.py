@@ -78,11 +78,11 @@ class LlamaCppEngine(Engine):
                 f"{path} has {self._model.vocab} tokens for llama.cpp and {package.spec.vocab} for us; use --engine "
                 "native"
             )
-        self._graph_bytes = self._probe()
+        self._graph_bytes, self._output_bytes = self._probe()
 
     def costs(self, settings: CacheSettings, *, process_bytes: int) -> Costs:
         return costs.costs_of(
-            self.package.spec, settings, process_bytes=max(process_bytes - self._loaded_bytes, 0),
+            self.package.spec, settings, process_bytes=max(process_bytes - self._loaded_bytes, 0) + self._output_bytes,
             weight_bytes=self._weight_bytes, graph_bytes=self._graph_bytes, page_tokens=CELL_STEP, batch=BATCH,
         )  # fmt: skip
 
@@ -334,8 +334,10 @@ class LlamaCppEngine(Engine):
         if code or (self.observer is not None and self.observer.failure is not None):
             raise CacheFullError("the KV cache has no room for a token more")
 
-    def _probe(self) -> int:
-        """Bytes of llama.cpp's buffers for a batch, without the mask of its cells: from a context made for this."""
+    def _probe(self) -> tuple[int, int]:
+        """(bytes of llama.cpp's buffers for a batch, without the mask of its cells; bytes of its logits), as it reports
+        them for a context made for this.
+        """
         context = LlamaContext(self._model, cells=PROBE_CELLS, storage="f16", threads=self._threads)
         context.close()
         release_free_memory()
@@ -343,7 +345,7 @@ class LlamaCppEngine(Engine):
         guess = 4 * BATCH * (4 * spec.feed_forward + 6 * spec.hidden + 6 * spec.heads * spec.head_size)
         known = buffer_bytes("compute")
         graph = known - costs.MASK_BYTES * BATCH * PROBE_CELLS if known else guess
-        return graph + (buffer_bytes("output") or 4 * SEQUENCES * spec.vocab)
+        return graph, buffer_bytes("output") or 4 * SEQUENCES * spec.vocab
 
     def _refuse_windows(self, settings: CacheSettings) -> None:
         if self._windowed and find_scorer(settings.scorer).needs_pairs:

@@ -51,8 +51,8 @@ class Saved:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a state of this model has: ``kind`` is ggml's number of the storage, ``row_bytes`` those of a token's keys in
-    one layer. ``in_order``: the cells' order must be that of the positions in the snapshot, as scorers rely on it.
+    """What a state of this model has: ``kind`` is ggml's number of the storage, ``row_bytes`` those of a token's keys
+    in one layer. ``in_order``: the cells' order must be that of the snapshot's positions, as scorers rely on it.
     """
 
     layers: int
@@ -153,8 +153,8 @@ def _is_sound(file: BinaryIO, size: int, saved: Saved, layout: Layout) -> bool:
     """Whether what follows the header is what llama.cpp would have written for these positions.
 
     For each of its caches (windowed layers have one of their own, which holds their window): streams, cells; position,
-    count of sequences and sequence of each cell; transposed, layers; type, bytes of a row and rows of each layer's keys,
-    then of each layer's values.
+    count of sequences and sequence of each cell; transposed, layers; type, bytes of a row and rows of each layer's
+    keys, then of each layer's values.
     """
     layers, first = 0, True
     while file.tell() < size:
@@ -162,8 +162,10 @@ def _is_sound(file: BinaryIO, size: int, saved: Saved, layout: Layout) -> bool:
         records = _numbers(file, 3 * cells).reshape(-1, 3) if cells <= len(saved.positions) else np.empty((0, 3))
         if streams != 1 or len(records) != cells or (first and cells != len(saved.positions)):
             return False
-        known = records[:, 0] == saved.positions if first and layout.in_order else np.isin(records[:, 0], saved.positions)
-        if not known.all() or (records[:, 1] != 1).any() or len(np.unique(records[:, 0])) != cells:
+        positions = records[:, 0]
+        if first and layout.in_order and not np.array_equal(positions, saved.positions):
+            return False
+        if len(np.intersect1d(positions, saved.positions)) != cells or (records[:, 1] != 1).any():
             return False
         transposed, count = _numbers(file, 2)
         layers += int(count)
