@@ -238,6 +238,7 @@ def _results(
 ) -> dict[str, dict[str, Results]]:
     labels = [side.label for side in sides]
     found: dict[str, dict[str, Results]] = {}
+    file_settings = {"file_kv": dict(package.manifest.kv)} if package.manifest.kv else {}
     for side in sides:
         identity = dict(side.identity)
         if side.kv_type and peer is not None:
@@ -246,7 +247,7 @@ def _results(
             identity["reference"] = side.reference
         about = {
             "model": package.fingerprint, "suite": suite.name, "context": asked.context, "seed": asked.seed,
-            "text": asked.haystack.sha256, **suite.identity(asked), "side": identity,
+            "text": asked.haystack.sha256, **suite.identity(asked), "side": identity, **file_settings,
         }  # fmt: skip
         found[side.label] = {task: Results(folder, {**about, "task": task}) for task in asked.tasks}
     return found
