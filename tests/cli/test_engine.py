@@ -36,7 +36,8 @@ def test_ask_reads_saves_and_opens_again(satchel: Any, long_document: Path) -> N
 
 
 def test_chat_and_several_questions(satchel: Any, long_document: Path) -> None:
-    result = satchel("chat", long_document, *ENGINE, "--max-new-tokens", 3, input="How often?\nWho?\n/kv\n/reset\nWho?\n")
+    typed = "How often?\nWho?\n/kv\n/reset\nWho?\n"
+    result = satchel("chat", long_document, *ENGINE, "--max-new-tokens", 3, input=typed)
     assert result.exit_code == 0, result.output
     result = satchel("ask", long_document, "-q", "Who?", "-q", "When?", *ENGINE, "--json", "--max-new-tokens", 3)
     assert len(result.stdout.splitlines()) == 2
@@ -75,9 +76,9 @@ def test_bench_measures_it(satchel: Any, tiny: Path) -> None:
 
 
 def test_eval_measures_it_beside_its_own_full_cache(satchel: Any, tiny: Path) -> None:
-    result = satchel("eval", tiny, "--suite", "perplexity", "--context", 500, "--samples", 8, *ENGINE, "--policy", "recency",
-                     "--kv", "hot_tokens=200", "--kv", "window=64", "--kv", "sinks=4", "--kv", "chunk=64", "--json",
-                     "--threads", 1)  # fmt: skip
+    kv = [word for pair in ("hot_tokens=200", "window=64", "sinks=4", "chunk=64") for word in ("--kv", pair)]
+    suite = ("--suite", "perplexity", "--context", 500, "--samples", 8)
+    result = satchel("eval", tiny, *suite, *ENGINE, "--policy", "recency", *kv, "--json", "--threads", 1)
     assert result.exit_code == 0, result.stderr
     sides = json.loads(result.stdout)["sides"]
     assert set(sides) == {"recency", "full"}
