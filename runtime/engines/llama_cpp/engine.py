@@ -35,7 +35,7 @@ from .library import (
     LlamaContext,
     LoadedModel,
     buffer_bytes,
-    last_complaint,
+    complaint,
 )
 from .observer import Observer
 
@@ -240,7 +240,7 @@ class LlamaCppEngine(Engine):
         if code == NO_ROOM:
             raise CacheFullError(f"the KV cache has no room in {context.cells} cells")
         if code:
-            raise ModelError(f"the model failed: llama.cpp says {last_complaint()}")
+            raise ModelError(f"the model failed: llama.cpp says {complaint()}")
         positions = np.arange(first, first + len(ids), dtype=np.int32)
         cache.positions = np.concatenate([cache.positions, positions])
         cache.total_tokens += len(ids)
@@ -298,7 +298,7 @@ class LlamaCppEngine(Engine):
         old = self._require_context()
         with states.temporary_path(self.package.folder.parent) as path:
             if not old.save(path):
-                raise CacheFullError(f"the KV cache cannot be moved: {last_complaint()}")
+                raise CacheFullError(f"the KV cache cannot be moved: {complaint()}")
             before = old.cells
             self._close_context()
             try:
@@ -312,7 +312,7 @@ class LlamaCppEngine(Engine):
     def _load_all(self, path: Any) -> LlamaContext:
         context = self._require_context()
         if not context.load(path):
-            raise ModelError(f"the KV cache could not be moved ({last_complaint()}); read the document again")
+            raise ModelError(f"the KV cache could not be moved ({complaint()}); read the document again")
         seen = [cache for cache in self._caches if cache.observed is not None and not cache.closed]
         if seen:  # used cells move together, in their order
             used = np.unique(np.concatenate([cache.observed.cells for cache in seen if cache.observed is not None]))

@@ -36,10 +36,10 @@ def _listen(level: int, text: bytes, _data: object) -> None:
     _said.append((level, text.decode("utf-8", "replace").strip()))
 
 
-def last_complaint() -> str:
-    """What llama.cpp said of its last error, on one line."""
+def complaint() -> str:
+    """What llama.cpp said first of what went wrong in the last call, on one line: what follows says less."""
     found = [text for level, text in _said if level == ERROR_LEVEL and text]
-    return " ".join(found[-1].split())[:200] if found else "no reason given"
+    return " ".join(found[0].split())[:200] if found else "no reason given"
 
 
 def buffer_bytes(kind: str) -> int:
@@ -68,7 +68,7 @@ class LoadedModel:
         _said.clear()
         self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
-            raise ModelError(f"llama.cpp cannot load {path} ({last_complaint()}); use another model or --engine native")
+            raise ModelError(f"llama.cpp cannot load {path} ({complaint()}); use another model or --engine native")
         self.vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.pointer)))
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class LlamaContext:
         self.cells, self.storage, self.observing = int(params.n_ctx), storage, observer is not None
         self._pointer = llama_cpp.llama_init_from_model(model.pointer, params)
         if not self._pointer:
-            raise MemoryError(last_complaint())
+            raise MemoryError(complaint())
         self._memory = llama_cpp.llama_get_memory(self._pointer)
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._vocab = model.vocab
@@ -136,6 +136,7 @@ class LlamaContext:
         batch, count = self._batch, len(ids)
         assert 0 < count <= BATCH
         batch.n_tokens = count
+        _said.clear()
         for index, token in enumerate(ids):
             batch.token[index] = token
             batch.pos[index] = first + index
@@ -179,6 +180,7 @@ class LlamaContext:
     def load(self, path: Path, sequence: int | None = None) -> bool:
         """Reads what `save` wrote. Whether it worked."""
         name, none, count = str(path).encode(), (llama_cpp.llama_token * 1)(), ctypes.c_size_t(0)
+        _said.clear()
         if sequence is None:
             return bool(llama_cpp.llama_state_load_file(self._pointer, name, none, 1, ctypes.byref(count)))
         return bool(llama_cpp.llama_state_seq_load_file(self._pointer, name, sequence, none, 1, ctypes.byref(count)))
