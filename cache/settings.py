@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from ..devices.sizes import parse_size
@@ -12,6 +12,8 @@ from .retrievers import retriever_names
 from .scorers import scorer_names
 
 STORAGES = ("bf16", "fp32")
+GGML_STORAGES = ("f16", "q8_0", "q4_0")  # of the engine llama.cpp
+ALL_STORAGES = (*STORAGES, *GGML_STORAGES)
 LARGEST_TOKENS = 1 << 31
 
 
@@ -44,8 +46,8 @@ class CacheSettings:
             value = getattr(self, key)
             if value is not None and value not in names:
                 raise OptionError(f"kv {key}={value!r} is not known; choose one of {', '.join(names)}")
-        if self.storage not in STORAGES:
-            raise OptionError(f"kv storage={self.storage!r} is not supported; choose one of {', '.join(STORAGES)}")
+        if self.storage not in ALL_STORAGES:
+            raise _unknown_storage(self.storage, STORAGES)
         if self.hot_tokens is not None and self.hot_tokens < self.least_hot_tokens:
             raise OptionError(
                 f"kv hot_tokens={self.hot_tokens} cannot hold sinks + window = {self.least_hot_tokens} tokens; "
@@ -58,8 +60,9 @@ class CacheSettings:
         return self.sinks + self.window
 
     @classmethod
-    def parse(cls, values: Mapping[str, object] | None) -> CacheSettings:
-        """Settings from a mapping of names to numbers or their text.
+    def parse(cls, values: Mapping[str, object] | None, *, storages: Sequence[str] = STORAGES) -> CacheSettings:
+        """Settings from a mapping of names to numbers or their text. ``storages``: those that the engine knows, its
+        default first.
 
         Raises:
             OptionError: an unknown key or a value that is not supported.
@@ -70,7 +73,14 @@ class CacheSettings:
             if key not in known:
                 raise OptionError(f"kv setting {key!r} is not known; known are {', '.join(sorted(known))}")
             parsed[key] = _PARSERS.get(key, _count)(key, value)
+        storage = str(parsed.setdefault("storage", storages[0]))
+        if storage not in storages:
+            raise _unknown_storage(storage, storages)
         return cls(**parsed)  # type: ignore[arg-type]
+
+
+def _unknown_storage(storage: str, known: Sequence[str]) -> OptionError:
+    return OptionError(f"kv storage={storage!r} is not supported; choose one of {', '.join(known)}")
 
 
 def _count(key: str, value: object) -> int:

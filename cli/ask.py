@@ -19,6 +19,7 @@ Examples:
   satchel ask src/ notes.md --question "What starts the server?" --question "Who calls it?"
   pdftotext report.pdf - | satchel ask - "What was decided?" --memory 1.2GB
   satchel ask manual.pdf "How is the filter cleaned?" --json | jq -r .answer
+  satchel ask notes.md "Who was there?" --model model.gguf --engine llama.cpp --kv storage=q8_0
 """
 
 

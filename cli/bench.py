@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
 from ..runtime.bench import DECODE_TOKENS, DEFAULT_RUNS, RATIOS, Figures, Report, named_file, prepare
 from ..runtime.model import Options
-from .options import disk_option, key_values
+from .options import disk_option, engine_option, key_values
 from .progress import progress_bar
 
 EPILOG = """\b
@@ -22,6 +22,7 @@ Examples:
   satchel bench qwen2.5-coder-0.5b-instruct --context 8192 --against llama.cpp
   satchel bench model.gguf --context 8192 --kv hot_tokens=2048 --against llama.cpp --runs 5 --json
   satchel bench model.gguf --context 8192 --against llama.cpp:model-q4_0.gguf
+  satchel bench model.gguf --context 8192 --engine llama.cpp --policy snapkv --kv hot_tokens=2048
 """
 ROWS = {
     "prefill_tokens_per_second": ("prefill", "{:,.1f} tokens/s"),
@@ -57,13 +58,14 @@ def _peer(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--memory", metavar="SIZE",
               help="Limit of our process, such as 1.2GB (else what the machine has).")
 @disk_option
+@engine_option
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of both sides (else all cores).")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where models lie (else $SATCHEL_CACHE_DIR, else the platform's cache folder).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str, context: int, against: str | None, runs: int, text: Path | None, policy: str,
-    kv: dict[str, str], memory: str | None, disk: int | None, threads: int | None,
+    kv: dict[str, str], memory: str | None, disk: int | None, engine: str, threads: int | None,
     cache_dir: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Read N tokens with MODEL, decode some more, and print rates, time to the first token and memory.
@@ -73,13 +75,14 @@ def command(
     Absolute figures drift with the machine; ratios of one run hold.
     """
     try:
-        Options.check(memory, policy, kv, threads, "cpu", disk)
+        Options.check(memory, policy, kv, threads, "cpu", disk, engine)
     except OptionError as error:
         raise click.UsageError(str(error), click.get_current_context()) from error
     with progress_bar("bytes") as progress:
         contest = prepare(
             model, context, against=against, runs=runs, text=text, memory=memory, policy=policy,
-            disk=disk, kv=kv, threads=threads, cache_dir=cache_dir, progress=progress, notice=progress.notice,
+            disk=disk, kv=kv, engine=engine, threads=threads, cache_dir=cache_dir, progress=progress,
+            notice=progress.notice,
         )  # fmt: skip
     with progress_bar("tokens") as progress:
         report = contest.run(progress=progress, notice=progress.notice)

@@ -28,7 +28,7 @@ from ..runtime.eval import (
     write_plot,
 )
 from .interrupts import run
-from .options import key_values
+from .options import engine_option, key_values
 from .progress import progress_bar
 
 EPILOG = """\b
@@ -37,6 +37,7 @@ Examples:
   satchel eval model.gguf --suite ruler --tasks single_2,vt --context 4096 --text manual.pdf --json
   satchel eval model.gguf --suite multiturn --context 8192 --policy recency --against full,llama.cpp:q4_0
   satchel eval model.gguf --suite perplexity --context 8192 --text manual.pdf --plot kl.svg
+  satchel eval model.gguf --suite needle --context 4096 --engine llama.cpp --policy keydiff --kv hot_tokens=1024
 """
 PIPE_WIDTH = 200  # characters; a table in a file or pipe is not cut to a terminal's width
 FORMATS = {"score": "{:.1%}", "kl_nats": "{:.4f}", "perplexity": "{:.3f}", "top1_agreement": "{:.1%}"}
@@ -62,6 +63,7 @@ NAMES = {"score": "score", "kl_nats": "KL (nats)", "perplexity": "perplexity", "
 @click.option("--kv", multiple=True, metavar="KEY=VALUE", callback=key_values,
               help="A setting of our cache, repeatable, such as hot_tokens=512.")
 @click.option("--memory", metavar="SIZE", help="Limit of our process, such as 1.2GB (else what the machine has).")
+@engine_option
 @click.option("--against", multiple=True, default=("full",), show_default=True, metavar="SIDE",
               help="Whom to compare with, repeatable: full, another policy with the same settings, "
                    "llama.cpp:f16|q8_0|q4_0 (its KV type), or none.")
@@ -90,7 +92,9 @@ def command(
     order = Order(suite, context, samples, windows, names, seed, text)
     try:
         order.check()
-        for side in name_sides(sides["policy"], sides["kv"], sides["memory"], sides["against"]):
+        for side in name_sides(
+            sides["policy"], sides["kv"], sides["memory"], sides["against"], sides["engine"]
+        ):
             side.check(sides["threads"])
         if plot is not None:
             check_plot(plot)

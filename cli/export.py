@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..cache.settings import CacheSettings
+from ..cache.settings import ALL_STORAGES, CacheSettings
 from ..devices.sizes import format_size
 from ..errors import OptionError
 from ..export.exporter import BITS, FLAVOURS, export_model
@@ -93,7 +93,7 @@ def _settings(ctx: click.Context, out: Path, form: str, kv: dict[str, str]) -> d
     if form == "gguf" and out.suffix != ".gguf":  # before anything is fetched
         raise click.UsageError(f"{out} does not end in .gguf; name the file {out.name or 'model'}.gguf", ctx)
     try:
-        settings = CacheSettings.parse(kv)
+        settings = CacheSettings.parse(kv, storages=ALL_STORAGES)
     except OptionError as error:
         raise click.UsageError(str(error), ctx) from error
     return {key: getattr(settings, key) for key in kv}

@@ -18,6 +18,7 @@ from ..errors import OptionError
 from ..export.hub.registry import DEFAULT_MODEL
 from ..runtime import Model, load
 from ..runtime.context import DEFAULT_NEW_TOKENS
+from ..runtime.engines.rules import ENGINES, NATIVE
 from ..runtime.model import DEVICES, Options, parse_rope
 from ..runtime.sampling import SamplingOptions
 
@@ -37,6 +38,7 @@ class CommonOptions:
     threads: int | None
     device: str
     rope: str
+    engine: str
     cache_dir: Path | None
     no_cache: bool
     cache_limit: int | None
@@ -46,7 +48,7 @@ class CommonOptions:
     def check(self) -> None:
         """Raises click.UsageError for a value that no model could work with."""
         try:
-            Options.check(self.memory, self.policy, self.kv, self.threads, self.device, self.disk)
+            Options.check(self.memory, self.policy, self.kv, self.threads, self.device, self.disk, self.engine)
             SamplingOptions(**self.sampling)
             parse_rope(self.rope)
         except OptionError as error:
@@ -63,6 +65,7 @@ class CommonOptions:
             device=self.device,
             disk=self.disk,
             rope=self.rope,
+            engine=self.engine,
             cache=not self.no_cache,
             cache_limit=self.cache_limit,
             cache_dir=self.cache_dir,
@@ -96,6 +99,12 @@ disk_option = click.option(
          "tenth of what is free]",
 )  # fmt: skip
 
+engine_option = click.option(
+    "--engine", type=click.Choice(list(ENGINES)), default=NATIVE, show_default=True,
+    help="What runs the model: llama.cpp runs the .gguf file itself (pip install \"satchel[llama-cpp]\"); old tokens "
+         "are forgotten there, not recalled, and --kv storage is f16, q8_0 or q4_0.",
+)  # fmt: skip
+
 _MODEL_OPTIONS = (
     click.option("-m", "--model", metavar="NAME|PATH", default=DEFAULT_MODEL, show_default=True,
                  help="A name that 'satchel models' lists, a .gguf file, a folder made by 'satchel export', a model "
@@ -114,6 +123,7 @@ _MODEL_OPTIONS = (
     click.option("--device", type=click.Choice(DEVICES), default=DEVICES[0], show_default=True,
                  help="Where to compute. All but cpu take the portable flavour of the model and an ONNX Runtime of "
                       "their own; not run on a GPU yet."),
+    engine_option,
     click.option("--rope", metavar="as-trained|yarn[:FACTOR]", default="as-trained", show_default=True,
                  help="yarn stretches the positions so that FACTOR (4) times the trained context can be read; as "
                       "trained, what is farther away is attended to as if it were nearer."),

@@ -20,9 +20,12 @@ from ..devices.files.safe_write import make_folder, storage_errors, temporary_fi
 from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..errors import ModelError, OptionError, StorageError
 from .architectures import DecoderModel, read_model
+from .linked import LinkedFlavour, kv_settings, link_to
 from .native import NativeFlavour
 from .package import (
     EXPORTER_VERSION,
+    LINKED,
+    LINKED_FILES,
     MANIFEST_FILE,
     REQUIRED_FILES,
     TOKENIZER_FILE,
@@ -59,6 +62,7 @@ FLAVOURS: dict[str, Callable[[DecoderModel, Source, int], Flavour]] = {
     "native": NativeFlavour,
     "portable": PortableFlavour,
 }
+UNLISTED = {LINKED: LinkedFlavour}  # made by `ensure_package` only: it is of no use in another place
 
 
 def export_model(
@@ -108,21 +112,30 @@ def ensure_package(
         key = f"{sha256[:16]}-v{EXPORTER_VERSION}-{flavour}-{bits}"
         folder = package_folder(cache_dir, opened.name, key)
         with contextlib.suppress(ModelError):
-            return open_package(folder)
+            return _current(open_package(folder), opened)
         make_folder(folder.parent)
         with (
             storage_errors(folder.parent),
             file_lock(folder.with_name(folder.name + ".lock"), f"exporting {opened.name}", notice=notice),
         ):
             with contextlib.suppress(ModelError):  # another process made it while this one waited
-                return open_package(folder)
+                return _current(open_package(folder), opened)
             return _export(opened, sha256, folder, bits, flavour, report)
+
+
+def _current(package: Package, source: Source) -> Package:
+    """Raises ModelError when the same content would give another manifest: the file was moved, or the package is
+    older than what we read of files."""
+    link = package.manifest.link
+    if package.manifest.kv != kv_settings(source) or (link is not None and link != link_to(source)):
+        raise ModelError(f"{package.folder} is out of date; export the model again")
+    return package
 
 
 def _check_options(bits: int, flavour: str) -> None:
     if bits not in BITS:
         raise OptionError(f"bits is {bits}; supported: {', '.join(map(str, BITS))}")
-    if flavour not in FLAVOURS:
+    if flavour not in FLAVOURS and flavour not in UNLISTED:
         raise OptionError(f"flavour is {flavour!r}; supported: {', '.join(FLAVOURS)}")
 
 
@@ -130,7 +143,8 @@ def _export(
     source: Source, sha256: str | None, out: Path, bits: int, flavour: str, progress: Progress
 ) -> Package:
     """Looks at all that may be refused before the source is hashed or a byte is written."""
-    writer = FLAVOURS[flavour](read_model(source), source, bits)
+    made: Callable[..., Flavour] = UNLISTED[flavour] if flavour in UNLISTED else FLAVOURS[flavour]
+    writer = made(read_model(source), source, bits)
     settings, make_tokenizer = _tokenizer(source, writer.model.spec.vocab)
     sha256 = sha256 or source.hash(progress)
     with temporary_folder(out, bytes_needed=writer.bytes_needed + TOKENIZER_BYTES) as folder:
@@ -146,7 +160,9 @@ def _export(
             source_sha256=sha256,
             exporter_version=EXPORTER_VERSION,
             matrices=tuple(record.to_json() for record in records),
-            files=record_files(folder),
+            files=record_files(folder, LINKED_FILES if flavour == LINKED else REQUIRED_FILES),
+            kv=kv_settings(source),
+            link=link_to(source) if flavour == LINKED else None,
         )
         write_manifest(folder, manifest)
     return Package(out, manifest)

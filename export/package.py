@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ __all__ = [
     "open_package",
 ]
 
+LINKED = "gguf"  # the flavour of a package that has no weights of its own: see `linked`
+
 FORMAT = "satchel-model-package"
 FORMAT_VERSION = 1
 # changes whenever the same source would give other bytes: packages in the cache are then made anew
@@ -40,6 +42,7 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 REQUIRED_FILES = (MODEL_FILE, DATA_FILE, TOKENIZER_FILE)
+LINKED_FILES = (TOKENIZER_FILE,)  # of a package of flavour `LINKED`
 MAX_MANIFEST_BYTES = 64 << 20
 HASH_ALWAYS_BYTES = 32 << 20  # files up to this are hashed at every opening: tens of milliseconds
 REMEDY = "export the model again"
@@ -56,7 +59,8 @@ class FileRecord:
 @dataclass(frozen=True)
 class Manifest:
     """The content of ``satchel.json``. ``matrices`` has one record per packed matrix, as
-    ``MatrixRecord.to_json``.
+    ``MatrixRecord.to_json``. ``kv`` are settings of the KV cache that the source's file brings, not checked yet;
+    ``link`` is where the weights are, in a package that has none: ``path`` and ``mark`` (see ``Source.mark``).
     """
 
     spec: ModelSpec
@@ -69,6 +73,8 @@ class Manifest:
     exporter_version: int
     matrices: tuple[Mapping[str, Any], ...]
     files: Mapping[str, FileRecord]
+    kv: Mapping[str, int | str] = field(default_factory=dict)
+    link: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -84,6 +90,8 @@ class Manifest:
             "files": {
                 name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()
             },
+            **({"kv": dict(self.kv)} if self.kv else {}),
+            **({"link": dict(self.link)} if self.link else {}),
         }
 
     @classmethod
@@ -106,7 +114,7 @@ class Manifest:
                 f"{EXPORTER_VERSION}; {REMEDY}"
             )
         try:
-            source = value["source"]
+            source, kv = value["source"], value.get("kv", {})
             manifest = cls(
                 spec=ModelSpec.from_json(value["spec"]),
                 tokenizer=TokenizerSettings.from_json(value["tokenizer"]),
@@ -121,13 +129,16 @@ class Manifest:
                     str(name): FileRecord(int(file["bytes"]), str(file["sha256"]))
                     for name, file in value["files"].items()
                 },
+                kv={str(key): item if isinstance(item, int) else str(item) for key, item in kv.items()},
+                link=_link(value),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{where} is incomplete ({error!r}); {REMEDY}") from None
         for name in manifest.files:
             if Path(name).name != name or name in ("", ".", ".."):
                 raise ModelError(f"{where} names the file {name!r}, which is not a plain file name; {REMEDY}")
-        missing = [name for name in REQUIRED_FILES if name not in manifest.files]
+        required = REQUIRED_FILES if manifest.link is None else LINKED_FILES
+        missing = [name for name in required if name not in manifest.files]
         if missing:
             raise ModelError(f"{where} does not list {', '.join(missing)}; {REMEDY}")
         return manifest
@@ -156,7 +167,7 @@ class Package:
 
     @property
     def data_file(self) -> Path:
-        return self.folder / DATA_FILE
+        return self.linked_file or self.folder / DATA_FILE
 
     @property
     def tokenizer_file(self) -> Path:
@@ -165,12 +176,20 @@ class Package:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the mapped weight file."""
-        return self.manifest.files[DATA_FILE].bytes
+        return self.manifest.source_bytes if self.linked_file else self.manifest.files[DATA_FILE].bytes
+
+    @property
+    def linked_file(self) -> Path | None:
+        """The .gguf file that has the weights of a package that has none itself."""
+        return None if self.manifest.link is None else Path(self.manifest.link["path"])
 
     @property
     def fingerprint(self) -> str:
         """Hex digits that identify the exact weights, graph, positions and tokenizer."""
         files = self.manifest.files
+        if self.manifest.link is not None:
+            text = f"{LINKED} {self.manifest.source_sha256} {files[TOKENIZER_FILE].sha256}"
+            return hashlib.sha256(text.encode()).hexdigest()
         parts = [files[name].sha256 for name in REQUIRED_FILES]
         if self.yarn_factor > 1:
             parts.append(f"yarn {self.yarn_factor}")
@@ -230,11 +249,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Length and hash of each of the required files."""
-    return {
-        name: FileRecord((folder / name).stat().st_size, hash_file(folder / name)) for name in REQUIRED_FILES
-    }
+def record_files(folder: Path, names: Sequence[str] = REQUIRED_FILES) -> dict[str, FileRecord]:
+    """Length and hash of each of the files ``names``."""
+    return {name: FileRecord((folder / name).stat().st_size, hash_file(folder / name)) for name in names}
+
+
+def _link(value: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Raises as the parsing of a manifest may: KeyError, TypeError, ValueError."""
+    if value["flavour"] != LINKED:
+        return None
+    link = value["link"]
+    return {"path": str(Path(link["path"])), "mark": [int(number) for number in link["mark"]]}
 
 
 def _read_manifest(folder: Path) -> bytes:

@@ -10,7 +10,7 @@ from ..errors import ModelError
 from .exporter import ensure_package
 from .hub.download import fetch
 from .hub.repository import fetch_folder, is_repository_name
-from .package import MANIFEST_FILE, Package, open_package
+from .package import LINKED, MANIFEST_FILE, Package, open_package
 from .sources import is_huggingface
 
 
@@ -21,17 +21,49 @@ def resolve_model(
     progress: Progress | None = None,
     notice: Notice = log_notice,
     flavour: str = "native",
+    linked: bool = False,
 ) -> Package:
     """The package of a model, fetched and exported (as ``flavour``) first where that is needed.
+
+    ``linked``: one without weights, for the engine that runs .gguf files themselves.
 
     Raises:
         ModelError: no such model, or one that cannot be used.
         DownloadError, StorageError: it could not be fetched or stored.
     """
+    if linked:
+        return _linked_package(name, cache_dir, progress, notice)
     path = find_source(name, cache_dir=cache_dir, progress=progress, notice=notice)
     if path.is_dir() and ((path / MANIFEST_FILE).exists() or not is_huggingface(path)):
         return open_package(path)
     return ensure_package(path, cache_folder(cache_dir), progress, flavour=flavour, notice=notice)
+
+
+def _linked_package(
+    name: str | Path, cache_dir: Path | None, progress: Progress | None, notice: Notice
+) -> Package:
+    is_there = Path(name).exists()
+    if isinstance(name, str) and not is_there and is_repository_name(name):  # before anything is fetched
+        raise _no_gguf(name)
+    path = find_source(name, cache_dir=cache_dir, progress=progress, notice=notice)
+    if not path.is_dir():
+        return ensure_package(path, cache_folder(cache_dir), progress, flavour=LINKED, notice=notice)
+    if not (path / MANIFEST_FILE).exists():
+        raise _no_gguf(path)
+    package = open_package(path)
+    if package.linked_file is None:
+        raise ModelError(
+            f"{path} is a package for Satchel's own kernels, and llama.cpp runs .gguf files: give the .gguf file that "
+            "it was made of"
+        )
+    return package
+
+
+def _no_gguf(name: str | Path) -> ModelError:
+    return ModelError(
+        f"{name} is no .gguf file, and llama.cpp runs nothing else; make one first: "
+        f"satchel export {name} model.gguf --format gguf"
+    )
 
 
 def find_source(

@@ -194,9 +194,8 @@ class Context:
 
     def save(self, snapshots: DocumentSnapshots, ids: Sequence[int], names: Sequence[str]) -> None:
         """Saves what was read, ``ids``. For `Model.read`."""
-        snapshots.save(
-            ids, self._model.engine, self._cache, self._cache.settings, self.plan, self._cache.archive_options, names
-        )  # fmt: skip
+        engine, cache = self._model.engine, self._cache
+        snapshots.save(ids, engine, cache, cache.settings, self.plan, cache.archive_options, names)
 
     def append(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs ``ids`` after what was read so far, pruning first where there is no room; the logits after the last.

@@ -31,8 +31,10 @@ from .chat_template import ChatTemplate
 from .context import Context
 from .documents import read_documents
 from .engines import DEVICES as _DEVICES
-from .engines import ConversationCache, Engine, find_device, open_engine
-from .memory import CODECS_OF_CHOICE, costs_of, full_layers
+from .engines import ConversationCache, Engine, find_device, open_engine, require_engine
+from .engines.rules import NATIVE, find_rules
+from .file_settings import with_settings_of
+from .memory import CODECS_OF_CHOICE, full_layers
 from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
 
@@ -58,6 +60,7 @@ class Options:
     disk_bytes: int | None = None  # what may be written beside models; None: a share of what is free
     given: frozenset[str] = frozenset()  # keys of the settings that a person set: the planner leaves these alone
     device: str = "cpu"
+    engine: str = NATIVE
 
     @classmethod
     def check(
@@ -68,12 +71,16 @@ class Options:
         threads: int | None,
         device: str,
         disk: str | int | None = None,
+        engine: str = NATIVE,
     ) -> Options:
         """Raises OptionError for anything unknown or out of range."""
         find_device(device)
         if threads is not None and not 1 <= threads <= 1024:
             raise OptionError(f"threads is {threads}; give a number from 1 to 1024")
-        settings = CacheSettings.parse(kv)
+        rules = find_rules(engine)
+        settings = CacheSettings.parse(kv, storages=rules.storages)
+        if rules.default_scorer is not None and "scorer" not in (kv or {}):
+            settings = replace(settings, scorer=rules.default_scorer)
         if policy in scorer_names():
             hot = settings.hot_tokens or (NAMED_POLICY_HOT_TOKENS if settings.budget_bytes is None else None)
             settings = replace(settings, scorer=policy, hot_tokens=hot)
@@ -84,9 +91,11 @@ class Options:
             raise OptionError("policy full keeps every token: leave out kv hot_tokens, or use policy auto")
         if policy == "full" and settings.budget_bytes is not None:
             raise OptionError("policy full keeps every token: leave out kv budget_bytes, or use policy auto")
+        rules.check(kv or (), settings.scorer, disk=disk is not None)
         limit = default_memory_limit() if memory is None else parse_size(memory)
         disk_bytes = None if disk is None else parse_size(disk)
-        return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, frozenset(kv or ()), device)
+        given = frozenset(kv or ())
+        return cls(limit, policy, settings, threads or cores_usable(), disk_bytes, given, device, engine)
 
     @property
     def recalls(self) -> bool:
@@ -126,9 +135,12 @@ class Model:
         self.cache_dir = cache_dir
         self._package = package
         self._notice = notice
-        self._engine: Engine | None = open_engine(package, options.threads, options.settings, options.device)
-        self._snapshots = snapshots if self._engine.saves else None
         self._tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
+        release_free_memory()  # opening it takes more than keeping it: before an engine has its weights in memory
+        self._engine: Engine | None = open_engine(
+            package, options.threads, options.settings, options.device, options.engine
+        )
+        self._snapshots = snapshots if self._engine.saves else None
         tokens = package.manifest.tokenizer
         self._template = ChatTemplate(
             tokens.chat_template, bos_token=self._spelling(tokens.bos_id), eos_token=self._spelling(tokens.eos_id)
@@ -387,10 +399,7 @@ class Model:
         others = sum(plan.kv_ram_bytes + plan.fork_bytes for plan in plans)
         settings, policy = self.options.settings, self.options.policy
         process_bytes = self._used_bytes + text_bytes + others
-        costs = costs_of(
-            self._package, settings, process_bytes=process_bytes, threads=self.options.threads,
-            windows=self.engine.windows,
-        )  # fmt: skip
+        costs = self.engine.costs(settings, process_bytes=process_bytes)
         return make_plan(
             costs,
             self.options.memory_bytes,
@@ -437,6 +446,7 @@ def load(
     device: str = "cpu",
     disk: str | int | None = None,
     rope: str = "as-trained",
+    engine: str = NATIVE,
     cache: bool = True,
     cache_limit: str | int | None = None,
     cache_dir: str | Path | None = None,
@@ -456,6 +466,8 @@ def load(
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.
         rope: ``yarn`` or ``yarn:FACTOR`` (4 when left out) stretches the positions so that the model reads that many
             times its trained context (YaRN, arXiv 2309.00071); ``as-trained`` leaves them.
+        engine: ``native``, or ``llama.cpp``: runs the .gguf file itself on llama-cpp-python (extra ``llama-cpp``);
+            forgets by ``recency``, ``keydiff`` or ``snapkv`` instead of recalling, ``kv`` storage is f16, q8_0 or q4_0.
         cache: whether to open and save snapshots of read documents: what was read once is not read twice.
         cache_limit: what all snapshots may take on disk; the least recently used go first. None: a tenth of the disk's
             free space, at most 20 GB.
@@ -468,15 +480,21 @@ def load(
         ModelError, DownloadError, StorageError: the model cannot be had.
     """
     limit = None if cache_limit is None else parse_size(cache_limit)
-    options, yarn_factor = Options.check(memory, policy, kv, threads, device, disk), parse_rope(rope)
+    yarn_factor = parse_rope(rope)
+    Options.check(memory, policy, kv, threads, device, disk, engine)
+    require_engine(engine)
     tell = notice or log_notice
     package = resolve_model(
         model, cache_dir=Path(cache_dir) if cache_dir else None, progress=progress, notice=tell,
-        flavour="native" if device == "cpu" else "portable",
+        flavour="native" if device == "cpu" else "portable", linked=find_rules(engine).linked,
     )  # fmt: skip
+    if yarn_factor > 1 and package.linked_file is not None:
+        raise OptionError("--rope is not for engine llama.cpp; leave out one of the two")
     package = replace(package, yarn_factor=yarn_factor)
     if package.manifest.flavour == "portable" and device == "cpu":
         tell("the portable flavour is slow on the CPU, where it is a check for other devices; use the native one")
+    kv = with_settings_of(package, kv, policy, engine, tell)
+    options = Options.check(memory, policy, kv, threads, device, disk, engine)
     folder = Path(cache_dir) if cache_dir else None
     snapshots = None
     if cache:

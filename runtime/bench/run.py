@@ -13,6 +13,8 @@ from ...errors import ContextLengthError, ModelError, OptionError
 from ...export.hub.download import fetch
 from ...export.package import Package
 from ...export.resolve import resolve_model
+from ..engines import require_engine
+from ..engines.rules import NATIVE, find_rules
 from ..model import MOST_TOKENS, Options
 from ..tokenizer import Tokenizer
 from .compare import Measure, Report, Side, compare
@@ -64,6 +66,7 @@ def prepare(
     policy: str = "auto",
     kv: Mapping[str, object] | None = None,
     disk: str | int | None = None,
+    engine: str = NATIVE,
     threads: int | None = None,
     cache_dir: Path | None = None,
     progress: Progress = no_progress,
@@ -75,7 +78,7 @@ def prepare(
         model: a registry name, a .gguf file, or (for our side alone) a package folder.
         against: ``llama.cpp`` (the same .gguf file) or ``llama.cpp:PATH`` (another form of the same model).
         text: what to read; None: made-up prose.
-        memory, policy, kv, disk, threads: as of ``load``, for our side; the thread count holds for both.
+        memory, policy, kv, disk, engine, threads: as of ``load``, for our side; the thread count holds for both.
         progress: called while the model is fetched or exported, with bytes.
 
     Raises:
@@ -84,12 +87,15 @@ def prepare(
         DocumentError: ``text`` cannot be read.
         ModelError, DownloadError, StorageError: a model cannot be had.
     """
-    options = Options.check(memory, policy, kv, threads, "cpu", disk)
+    options = Options.check(memory, policy, kv, threads, "cpu", disk, engine)
+    require_engine(engine)
     if context < 1 or runs < 1:
         raise OptionError(f"context is {context} and runs is {runs}; give 1 or more of each")
     theirs = None if against is None else peer_file(against, model, cache_dir, progress, notice)
-    package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice)
-    longest = MOST_TOKENS if options.recalls and theirs is None else package.spec.context_length
+    rules = find_rules(engine)
+    package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice, linked=rules.linked)
+    recalls = options.recalls and not rules.linked
+    longest = MOST_TOKENS if recalls and theirs is None else package.spec.context_length
     room = longest - DECODE_TOKENS
     if context > room:
         raise ContextLengthError(
@@ -98,10 +104,11 @@ def prepare(
             f"give {max(room, 0):,} or less"
         )
     made = make_text(Tokenizer.open(package.folder, package.manifest.tokenizer), context, text)
-    sides, files = [_our_side(package, memory=memory, policy=policy, kv=dict(kv or {}), disk=disk)], [package.data_file]
+    ours = _our_side(package, memory=memory, policy=policy, kv=dict(kv or {}), disk=disk, engine=engine)
+    sides, files = [ours], [package.data_file]
     if theirs is not None:
-        engine = str(Path(__file__).with_name("llama_cpp_engine.py"))
-        sides.append(Side("llama_cpp", PEER, engine, {"model": str(theirs)}))
+        peer = str(Path(__file__).with_name("llama_cpp_engine.py"))
+        sides.append(Side("llama_cpp", PEER, peer, {"model": str(theirs)}))
         files.append(theirs)
     return Contest(tuple(sides), made, runs, options.threads, tuple(files))
 

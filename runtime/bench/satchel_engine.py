@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import kernels
+from ..engines.rules import NATIVE
 from ..model import load
 
-OPTIONS = ("memory", "policy", "kv", "disk")  # of a job: as of `load`
+OPTIONS = ("memory", "policy", "kv", "disk", "engine")  # of a job: as of `load`
 
 
 class SatchelEngine:
@@ -51,6 +52,7 @@ class SatchelEngine:
             "codec": plan.codec,
             "recall_tokens": plan.recall_tokens,
             "memory_bytes": plan.limit_bytes,
+            **({"engine": self._model.options.engine} if self._model.options.engine != NATIVE else {}),
             "simd": kernels.active_variant(),
         }
 

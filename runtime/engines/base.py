@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ...cache import ArchiveOptions, CacheSettings, KVUsage
 from ...cache.snapshots import Snapshot
+from ...devices.planner import Costs
 from ...errors import SatchelError
 
 
@@ -58,6 +60,14 @@ class Engine(ABC):
     recalls: bool
     saves: bool
     windows: tuple[int, ...] = ()
+    truncates: bool = True
+    """Whether a restored cache can forget tokens from the middle of what was saved."""
+    state_key: Mapping[str, str] = MappingProxyType({})
+    """What saved states depend on beside model and settings."""
+
+    @abstractmethod
+    def costs(self, settings: CacheSettings, *, process_bytes: int) -> Costs:
+        """The planner's figures for one conversation; ``process_bytes``: what the process holds before it."""
 
     @abstractmethod
     def new_cache(

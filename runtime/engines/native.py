@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from ... import kernels
 from ...cache import FULL_MESSAGE, ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
 from ...cache.snapshots import Snapshot
+from ...devices.planner import Costs
 from ...errors import ModelError
 from ...export.package import Package
+from ..memory import costs_of
 from .base import Cancelled, ConversationCache, Engine
 
 
@@ -44,6 +46,11 @@ class NativeEngine(Engine):
             raise ModelError(
                 f"{package.model_file} cannot be loaded ({_line(error)}); export the model again"
             ) from error
+
+    def costs(self, settings: CacheSettings, *, process_bytes: int) -> Costs:
+        return costs_of(
+            self.package, settings, process_bytes=process_bytes, threads=self.threads, windows=self.windows
+        )
 
     def new_cache(
         self,

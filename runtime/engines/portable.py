@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from ...cache import ArchiveOptions, CacheSettings
 from ...cache.snapshots import Snapshot
+from ...devices.planner import Costs
 from ...errors import ModelError, OptionError, SnapshotError
 from ...export.package import Package
 from ...export.portable_layout import STATE, state_name, windows_of
 from ...export.rope import rope_frequencies
+from ..memory import costs_of
 from .base import Cancelled, ConversationCache, Engine
 from .portable_cache import LayerState, PortableCache, Slots
 from .providers import Device, find_device
@@ -72,6 +74,11 @@ class PortableEngine(Engine):
         self._gatherer = self._open(graphs.gathering_graph(self.spec, settings.storage))
         names = {value.name for value in self._session.get_inputs()}
         self._state = STATE if state_name("past", 0, STATE[-1]) in names else STATE[:-1]
+
+    def costs(self, settings: CacheSettings, *, process_bytes: int) -> Costs:
+        return costs_of(
+            self.package, settings, process_bytes=process_bytes, threads=self._threads, windows=self.windows
+        )
 
     def new_cache(
         self,

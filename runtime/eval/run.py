@@ -18,7 +18,8 @@ from ...export.resolve import resolve_model
 from ..bench.run import PEER, peer_file
 from ..chat_template import ChatTemplate
 from ..documents import read_documents
-from ..engines import Cancelled
+from ..engines import Cancelled, require_engine
+from ..engines.rules import NATIVE, find_rules
 from ..tokenizer import Tokenizer
 from .conversations import check_tasks
 from .haystack import Haystack
@@ -171,6 +172,7 @@ def prepare(
     kv: Mapping[str, object] | None = None,
     memory: str | int | None = None,
     against: Sequence[str] = (FULL,),
+    engine: str = NATIVE,
     threads: int | None = None,
     out: Path | None = None,
     cache_dir: Path | None = None,
@@ -178,7 +180,7 @@ def prepare(
     progress: Progress = no_progress,
     notice: Notice = log_notice,
 ) -> Evaluation:
-    """Makes ready to evaluate ``model`` with ``policy``, ``kv`` and ``memory`` (as of ``load``).
+    """Makes ready to evaluate ``model`` with ``policy``, ``kv``, ``memory`` and ``engine`` (as of ``load``).
 
     Args:
         against: sides to compare with: ``full``, another policy, ``llama.cpp:f16|q8_0|q4_0``, or ``none``.
@@ -192,11 +194,13 @@ def prepare(
     """
     order.check()
     suite = find_suite(order.suite)
-    sides = name_sides(policy, kv or {}, memory, against)
+    sides = name_sides(policy, kv or {}, memory, against, engine)
+    require_engine(engine)
     for side in sides:
         side.check(threads)
     peer = _peer(model, sides, cache_dir, progress, notice)
-    package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice)
+    linked = find_rules(engine).linked
+    package = resolve_model(model, cache_dir=cache_dir, progress=progress, notice=notice, linked=linked)
     if order.context > package.spec.context_length:
         raise ContextLengthError(
             f"--context {order.context:,} is more than the {package.spec.context_length:,} tokens that the model "
@@ -234,6 +238,7 @@ def _results(
 ) -> dict[str, dict[str, Results]]:
     labels = [side.label for side in sides]
     found: dict[str, dict[str, Results]] = {}
+    file_settings = {"file_kv": dict(package.manifest.kv)} if package.manifest.kv else {}
     for side in sides:
         identity = dict(side.identity)
         if side.kv_type and peer is not None:
@@ -242,7 +247,7 @@ def _results(
             identity["reference"] = side.reference
         about = {
             "model": package.fingerprint, "suite": suite.name, "context": asked.context, "seed": asked.seed,
-            "text": asked.haystack.sha256, **suite.identity(asked), "side": identity,
+            "text": asked.haystack.sha256, **suite.identity(asked), "side": identity, **file_settings,
         }  # fmt: skip
         found[side.label] = {task: Results(folder, {**about, "task": task}) for task in asked.tasks}
     return found

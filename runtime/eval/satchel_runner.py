@@ -24,7 +24,7 @@ class SatchelRunner:
     def __init__(self, package: Path, side: Side, *, threads: int, notice: Notice) -> None:
         self._model = load(
             str(package), memory=side.memory, policy=side.policy, kv=side.kv, threads=threads, cache=False,
-            notice=notice,
+            engine=side.engine, notice=notice,
         )  # fmt: skip
         self._stop = threading.Event()
         self._kv: Mapping[str, int] = {}

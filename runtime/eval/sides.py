@@ -7,7 +7,7 @@ same token ids, of our template and tokenizer, and answer greedily.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ...devices.reporting import Progress
 from ...errors import OptionError
+from ..engines.rules import NATIVE
 from ..model import Options
 from .task import Sample
 
@@ -32,6 +33,7 @@ class Side:
     kv: Mapping[str, object] = field(default_factory=dict)
     memory: str | int | None = None
     kv_type: str = ""
+    engine: str = NATIVE
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class Side:
         if self.kv_type:
             return {"engine": PEER, "kv_type": self.kv_type}
         kv = {key: str(value) for key, value in sorted(self.kv.items())}
-        return {"engine": "satchel", "policy": self.policy, "kv": kv, "memory": self.memory}
+        runs_on = {} if self.engine == NATIVE else {"runs_on": self.engine}
+        return {"engine": "satchel", "policy": self.policy, "kv": kv, "memory": self.memory, **runs_on}
 
     @property
     def reference(self) -> str:
@@ -49,11 +52,11 @@ class Side:
     def check(self, threads: int | None) -> None:
         """Raises OptionError for a setting that `load` would refuse."""
         if not self.kv_type:
-            Options.check(self.memory, self.policy, self.kv, threads, "cpu")
+            Options.check(self.memory, self.policy, self.kv, threads, "cpu", None, self.engine)
 
 
 def name_sides(
-    policy: str, kv: Mapping[str, object], memory: str | int | None, against: Sequence[str]
+    policy: str, kv: Mapping[str, object], memory: str | int | None, against: Sequence[str], engine: str = NATIVE
 ) -> tuple[Side, ...]:
     """The evaluated side, then those that it is compared with.
 
@@ -63,7 +66,7 @@ def name_sides(
     Raises:
         OptionError: a name is not known.
     """
-    sides = [Side(policy, policy, dict(kv), memory)]
+    sides = [Side(policy, policy, dict(kv), memory, engine=engine)]
     names = [name.strip() for entry in against for name in entry.split(",")]
     if NOBODY in names and len(names) > 1:
         raise OptionError(f"--against {NOBODY} excludes {', '.join(name for name in names if name != NOBODY)}")
@@ -76,13 +79,13 @@ def name_sides(
         if peer == PEER:
             side = Side(f"{PEER}:{kv_type or KV_TYPES[0]}", kv_type=kv_type or KV_TYPES[0])
         elif name == FULL:
-            side = Side(FULL, FULL)
+            side = Side(FULL, FULL, engine=engine)
         else:
-            side = Side(name, name, dict(kv), memory)
+            side = Side(name, name, dict(kv), memory, engine=engine)
         if side.identity in [other.identity for other in sides]:
             continue
         if side.label in [other.label for other in sides]:
-            side = Side(f"{side.label} (plain)", side.policy, side.kv, side.memory, side.kv_type)
+            side = replace(side, label=f"{side.label} (plain)")
         sides.append(side)
     return tuple(sides)
 
