@@ -38,7 +38,7 @@ class CacheSettings:
     codec: str | None = None
     retriever: str = "channels"
     recall_tokens: int | None = None
-    recall_every: int = 2
+    recall_every: int = 1
 
     def __post_init__(self) -> None:
         retrievers = (*retriever_names(), "none")

@@ -12,6 +12,7 @@ from .plan import (
     ARCHIVE_STEP,
     BLOCK_TOKENS,
     CHUNKS,
+    READING_RECALL_TOKENS,
     ArchiveCost,
     Costs,
     Need,
@@ -23,7 +24,7 @@ from .plan import (
 
 # Tokens per KV head, least and most; measured in docs/lab-notes.md. Recalled tokens are what quality depends on, and
 # they cost little memory: those on disk are held for one layer at a time.
-SINKS, WINDOW, RECALL = (16, 64), (112, 1024), (768, 1024)
+SINKS, WINDOW, RECALL = (16, 64), (112, 1024), (768, 4096)
 RUNGS = 16
 
 
@@ -36,6 +37,7 @@ class Split:
     window: int
     hot_tokens: int
     recall_tokens: int
+    reading_recall_tokens: int
     step_tokens: int = ARCHIVE_STEP
 
     @property
@@ -126,8 +128,11 @@ def _rung(share: float, wishes: Wishes) -> Split:
     recall = wishes.recall_tokens
     if recall is None:
         recall = _between(RECALL, share) // BLOCK_TOKENS * BLOCK_TOKENS
+        reading = min(recall, READING_RECALL_TOKENS)
+    else:
+        reading = recall
     chunk = wishes.chunk or next((size for size in CHUNKS if size <= hot - sinks), CHUNKS[-1])
-    return Split(chunk, sinks, window, hot, recall, wishes.step_tokens)
+    return Split(chunk, sinks, window, hot, recall, reading, wishes.step_tokens)
 
 
 def _between(ends: tuple[int, int], share: float) -> int:
@@ -205,7 +210,8 @@ def _plan(
         limit_bytes=work.room.limit_bytes, chunk=split.chunk, hot_tokens=split.hot_tokens,
         capacity_tokens=split.capacity_tokens, kv_limit_bytes=costs.kv_bytes(held) + windows, rows=tuple(rows),
         placement=placement, codec=cost.codec, sinks=split.sinks, window=split.window,
-        recall_tokens=split.recall_tokens, archive_tokens=pages * ARCHIVE_PAGE_TOKENS, warm_bytes=warm,
+        recall_tokens=split.recall_tokens, reading_recall_tokens=split.reading_recall_tokens,
+        archive_tokens=pages * ARCHIVE_PAGE_TOKENS, warm_bytes=warm,
         cold_bytes=cold, digest_bytes=digests, recall_bytes=recall, fork_bytes=split.fork_bytes(costs),
         windows=costs.windows, window_bytes=windows,
     )  # fmt: skip

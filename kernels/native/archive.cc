@@ -19,7 +19,7 @@ Archive::Archive(const ArchiveSettings& settings, int layers, int kv_heads, int 
   if (!settings.high.known() || !settings.low.known()) throw std::invalid_argument("Archive: unknown codec");
   if (!settings.retriever.known()) throw std::invalid_argument("Archive: unknown retriever");
   if (settings.sinks % kBlockTokens || settings.recall_tokens % kBlockTokens || settings.sinks < 0 ||
-      settings.recall_tokens < 0 || settings.recall_every < 1)
+      settings.recall_tokens < 0 || settings.reading_recall_tokens > settings.recall_tokens || settings.recall_every < 1)
     throw std::invalid_argument("Archive: sinks and recall_tokens must be multiples of 16");
   if (settings.window < 0 || settings.reach < 0) throw std::invalid_argument("Archive: window and reach must not be negative");
   high_bytes_ = block_bytes(settings.high, head_size);

@@ -187,14 +187,18 @@ void KVCache::expect_window(int position, int window, int trimmed_until) const {
 }
 
 void KVCache::rollback() {
-  if (archive_) archive_->forget_choices();  // a run that did not happen may have chosen
+  bool undone = false;  // a run that did not happen may have chosen; one that did has chosen for the steps to come
   for (Layer& layer : layers_) {
-    for (Head& head : layer.heads) truncate(head, head.committed);
+    for (Head& head : layer.heads) {
+      undone |= head.tokens != head.committed;
+      truncate(head, head.committed);
+    }
     if (!layer.observing) continue;
     layer.observed.swap(layer.committed_observed);
     layer.observed_positions.swap(layer.committed_positions);
     layer.observing = false;
   }
+  if (archive_ && undone) archive_->forget_choices();
 }
 void KVCache::forget_from(int position) {
   position = std::max(position, 0);

@@ -242,6 +242,8 @@ def test_archives_over_a_sweep_of_limits(settings: dict[str, Any], disk_bytes: i
         assert found.sinks == settings.get("sinks", found.sinks)
         assert found.window == settings.get("window", found.window)
         assert found.recall_tokens == settings.get("recall_tokens", found.recall_tokens)
+        if "recall_tokens" in settings:
+            assert found.reading_recall_tokens == found.recall_tokens
         assert found.capacity_tokens == found.hot_tokens + 63 + found.chunk
         assert found.archive_tokens + found.hot_tokens >= tokens
         assert found.warm_bytes == rows[f"archive in RAM ({found.codec})"]
@@ -283,7 +285,7 @@ def test_the_hot_tier_shrinks_with_the_budget() -> None:
     plans = [each for each in found if each and each.codec == "q8"]
     assert len(plans) > 450
     shapes = [(each.chunk, each.sinks, each.window, each.recall_tokens) for each in plans]
-    assert shapes[-1] == (512, 64, 1024, 1024)
+    assert shapes[-1] == (512, 64, 1024, 4096)
     assert shapes[0][2] is not None
     assert shapes[0][2] < 200
     assert len(set(shapes)) >= 6
@@ -299,13 +301,14 @@ def test_the_hot_tier_shrinks_with_the_budget() -> None:
 def test_recall_costs_nothing_while_the_archive_is_in_memory() -> None:
     found = archived(8 * GB, 8_192, budget_bytes=72_000_000)
     assert found is not None
-    assert (found.placement, found.recall_tokens, found.recall_bytes) == ("warm", 1024, 0)
+    assert (found.placement, found.recall_tokens, found.recall_bytes) == ("warm", 4096, 0)
+    assert found.reading_recall_tokens == 1024
 
 
 def test_what_is_recalled_from_disk_is_held_for_one_layer() -> None:
     found = archived(8 * GB, 100_000, budget_bytes=60_000_000)
     assert found is not None
-    assert found.recall_bytes == 1024 * KV_HEADS * 132 // 24
+    assert found.recall_bytes == 4096 * KV_HEADS * 132 // 24
 
 
 def test_a_fork_has_room_beside_what_it_was_forked_from() -> None:

@@ -95,6 +95,10 @@ class Talk:
         self.position += tokens
         return out
 
+    def read_and_store(self) -> Talk:
+        self.read(600)
+        return self.store(512)
+
     def store(self, until: int, scores: Array | None = None, drop: bool = True) -> Talk:
         before = self.cache.archived_until
         fresh = []
@@ -225,6 +229,33 @@ def test_what_came_from_several_stores() -> None:
         talk.store((talk.position - 64) // 64 * 64)
     assert talk.cache.archived_until == 576
     talk.check(1)
+
+
+def test_a_rollback_of_nothing_keeps_the_choice() -> None:
+    talk = Talk(archive={"recall_every": 4})
+    talk.read(600)
+    talk.store(512)
+    chosen = []
+    for _ in range(9):
+        talk.cache.rollback()  # as every run of an engine begins
+        talk.read(1)
+        chosen.append(tuple(talk.cache.recalled(0, 0)))
+    assert len(set(chosen[:4])) == len(set(chosen[4:8])) == 1
+    talk.run(0, *talk.pairs(1))
+    talk.cache.rollback()
+    talk.read(1)
+    assert tuple(talk.cache.recalled(0, 0)) != chosen[8], "a run that did not happen has chosen nothing"
+
+
+def test_a_document_recalls_less_than_a_question() -> None:
+    both, less, more = (
+        Talk(recall=recall, archive={"reading_recall_tokens": reading}).read_and_store()
+        for recall, reading in ((128, 32), (32, 32), (128, 128))
+    )
+    for tokens, same, other in ((64, less, more), (1, more, less), (20, more, less)):
+        found = both.read(tokens)
+        np.testing.assert_array_equal(found, same.read(tokens))
+        assert np.abs(found - other.read(tokens)).max() > 1e-4
 
 
 @pytest.mark.parametrize("nothing", ["sinks", "recall"])
