@@ -24,7 +24,7 @@ from satchel.cache.scorers import LayerView, find_scorer, scorer_names
 from satchel.cache.settings import CacheSettings
 from satchel.devices import machine, roofline
 from satchel.devices.flash import DEFAULT_SHARE
-from satchel.devices.planner import CHUNKS, WHOLE_TOKENS, Costs, Wishes, make_plan
+from satchel.devices.planner import CHUNKS, READING_RECALL_TOKENS, WHOLE_TOKENS, Costs, Wishes, make_plan
 from satchel.devices.planner.archive import RECALL
 from satchel.devices.planner.plan import ARCHIVE_STEP
 from satchel.export.architectures import ARCHITECTURES, read_model
@@ -234,7 +234,8 @@ def test_the_archive() -> None:
     says(6, f"in steps of {ARCHIVE_STEP} tokens", f"blocks of {BLOCK_TOKENS} tokens")
     says(6, f"in their {Channels.channels} most important pairs of channels, in 4 bits")
     says(6, f"every {roofline.QUERIES_PER_CHOICE} of its queries", f"one for every {roofline.QUERIES_OF_SHORT_CHUNK};")
-    says(6, f"after every {CacheSettings().recall_every} tokens", f"{RECALL[1]:,} when there is room")
+    assert CacheSettings().recall_every == 1
+    says(6, "again for every token", f"{RECALL[1]:,} when there is room and {READING_RECALL_TOKENS:,} while the document")
     says(6, f"no fewer than {RECALL[0]} unless", "a tenth of the free space")
     assert (CacheSettings().retriever, DEFAULT_SHARE) == ("channels", 10)
 
@@ -265,7 +266,7 @@ def test_records_of_weights() -> None:
         assert CARRIED[name].format == BlockFormat(int(bits), int(block), has_min == "yes")
         assert CARRIED[name].half_factors == scales.startswith("float16")
     assert BlockFormat(8, 32).packed_bytes(151_936, 896) == 144_643_072
-    assert (BITS, tuple(FLAVOURS)) == ((4, 8), ("native",))
+    assert (BITS, tuple(FLAVOURS)) == ((4, 8), ("native", "portable"))
 
 
 def test_the_exercise_in_the_layout() -> None:
