@@ -100,6 +100,7 @@ def costs_of(
         digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
         archive=archive_costs(package, settings, windows),
         layers=max(layers, 1),
+        kv_heads=spec.kv_heads,
         threads=threads,
         windows=window_costs(spec, windows, settings.storage),
     )

@@ -20,7 +20,7 @@ from ..devices.files.cache_folder import cache_folder, cold_folder
 from ..devices.files.safe_write import make_folder
 from ..devices.flash import default_disk_limit
 from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
-from ..devices.planner import READING_RECALL_TOKENS, Plan, Wishes, make_plan, why
+from ..devices.planner import Plan, Wishes, make_plan, why
 from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
@@ -369,7 +369,6 @@ class Model:
             sinks=settings.sinks,
             window=settings.window,
             recall_tokens=OUTGROWN_RECALL_TOKENS if outgrown else plan.recall_tokens,
-            reading_recall_tokens=READING_RECALL_TOKENS if outgrown else plan.reading_recall_tokens,
             recall_every=settings.recall_every,
             reach=self.context_length,
             warm_bytes=plan.warm_bytes,
