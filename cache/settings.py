@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from ..devices.sizes import parse_size
 from ..errors import OptionError
 from .codecs import codec_names
+from .head_budgets import HEAD_BUDGETS, UNIFORM
 from .retrievers import retriever_names
 from .scorers import scorer_names
 
@@ -25,7 +26,7 @@ class CacheSettings:
     ``window`` most recent tokens are always kept; ``scorer`` ranks the others; ``storage``: of the hot tier.
     ``budget_bytes`` bounds hot and warm pages, digests and recalled tokens together; ``codec`` encodes what leaves the
     hot tier; ``retriever`` finds ``recall_tokens`` of it per KV head again, for each chunk and every
-    ``recall_every`` tokens of an answer.
+    ``recall_every`` tokens of an answer. ``head_budgets``: how the KV heads of a layer share a budget that forgets.
     """
 
     hot_tokens: int | None = None
@@ -39,10 +40,14 @@ class CacheSettings:
     retriever: str = "channels"
     recall_tokens: int | None = None
     recall_every: int = 1
+    head_budgets: str = UNIFORM
 
     def __post_init__(self) -> None:
         retrievers = (*retriever_names(), "none")
-        for key, names in (("scorer", scorer_names()), ("codec", codec_names()), ("retriever", retrievers)):
+        known = {
+            "scorer": scorer_names(), "codec": codec_names(), "retriever": retrievers, "head_budgets": HEAD_BUDGETS,
+        }  # fmt: skip
+        for key, names in known.items():
             value = getattr(self, key)
             if value is not None and value not in names:
                 raise OptionError(f"kv {key}={value!r} is not known; choose one of {', '.join(names)}")
@@ -107,4 +112,5 @@ def _size(key: str, value: object) -> int:
 
 _PARSERS: dict[str, Callable[[str, object], int | str]] = {
     "scorer": _name, "storage": _name, "codec": _name, "retriever": _name, "budget_bytes": _size,
+    "head_budgets": _name,
 }  # fmt: skip

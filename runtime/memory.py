@@ -96,7 +96,8 @@ def costs_of(
         kv_bytes_per_page=pages * page_bytes(spec.head_size, settings.storage),
         # twice: what a run that is rolled back must restore
         observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
-        scoring_bytes_per_token=scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size),
+        scoring_bytes_per_token=scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size)
+        + spec.layers * scorer.kept_bytes_per_token(spec.kv_heads),
         digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
         archive=archive_costs(package, settings, windows),
         layers=max(layers, 1),

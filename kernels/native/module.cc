@@ -187,11 +187,15 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         cache->retain(layer, kv_head, kept.data(), int(kept.size()));
       }, py::arg("layer"), py::arg("kv_head"), py::arg("kept"))
-      .def("retain_layer", [](CacheHandle& self, int layer, const Array<int32_t>& kept) {
+      .def("retain_layer", [](CacheHandle& self, int layer, const std::vector<Array<int32_t>>& kept) {
         const std::shared_ptr<KVCache> cache = self.shared();
-        expect(kept.ndim() == 2 && kept.shape(0) == cache->shape().kv_heads, "kept must be [kv_heads, tokens]");
+        std::vector<KVCache::Kept> heads;
+        for (const auto& tokens : kept) {
+          expect(tokens.ndim() == 1, "kept must be the tokens of each KV head");
+          heads.push_back({tokens.data(), int(tokens.size())});
+        }
         py::gil_scoped_release release;
-        cache->retain_layer(layer, kept.data(), int(kept.shape(1)));
+        cache->retain_layer(layer, heads);
       }, py::arg("layer"), py::arg("kept"), "Keeps tokens kept[kv_head] of every head of a layer; all heads or none.")
       .def("positions", [](const CacheHandle& self, int layer, int kv_head) {
         const KVCache& cache = self.get();

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...cache import ArchiveOptions, CacheSettings
+from ...cache.head_budgets import UNIFORM
 from ...cache.snapshots import Snapshot
 from ...devices.planner import Costs
 from ...errors import ModelError, OptionError, SnapshotError
@@ -50,6 +51,11 @@ class PortableEngine(Engine):
             raise OptionError(
                 f"scorer {settings.scorer!r} is not available in the portable flavour; choose one of "
                 f"{', '.join(graphs.SCORERS)}, or use the native flavour"
+            )
+        if settings.head_budgets != UNIFORM:
+            raise OptionError(
+                f"kv head_budgets={settings.head_budgets} is not available in the portable flavour, whose heads keep "
+                "equally many tokens; leave it out or use the native flavour"
             )
         self.package = package
         self.spec = package.spec

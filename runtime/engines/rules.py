@@ -10,6 +10,7 @@ from ...cache.settings import GGML_STORAGES, STORAGES
 from ...errors import OptionError
 
 NATIVE, LLAMA_CPP = "native", "llama.cpp"
+_WHY = {"head_budgets": "which evicts a token of all KV heads together"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class EngineRules:
         for key in keys:
             if key in self.unknown_kv:
                 raise OptionError(
-                    f"kv {key} is not for --engine {self.name}, which keeps no archive to recall from; leave it out or "
-                    f"use --engine {NATIVE}"
+                    f"kv {key} is not for --engine {self.name}, "
+                    f"{_WHY.get(key, 'which keeps no archive to recall from')}; leave it out or use --engine {NATIVE}"
                 )
         if scorer not in self.scorers:
             raise OptionError(
@@ -58,7 +59,7 @@ ENGINES = {
         GGML_STORAGES,
         ("recency", "keydiff", "snapkv"),
         default_scorer="recency",  # costs nothing; the others watch every run
-        unknown_kv=frozenset({"codec", "retriever", "recall_tokens", "recall_every"}),
+        unknown_kv=frozenset({"codec", "retriever", "recall_tokens", "recall_every", "head_budgets"}),
         uses_disk=False,
         linked=True,
     ),
