@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,14 @@ UNIFORM, ADAPTIVE = "uniform", "adaptive"
 HEAD_BUDGETS = (UNIFORM, ADAPTIVE)
 LEAST_SHARE = 0.2
 _LARGEST = 1e30  # stands for what must be kept, so that a page's mean is a number
+
+
+@dataclass(frozen=True)
+class AdaptiveBudgets:
+    """For `satchel methods`."""
+
+    name: str = ADAPTIVE
+    paper: str = "AdaKV, arXiv 2407.11550"
 
 
 def adaptive_budgets(scores: Sequence[NDArray[np.float32]], budget: int, least: int) -> list[int]:

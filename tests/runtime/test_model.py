@@ -161,6 +161,8 @@ def test_what_a_model_says_of_itself(load_tiny: Load) -> None:
         ({"policy": "best"}, "policy 'best' is not known; choose one of auto, full, recency"),
         ({"policy": "full", "kv": {"hot_tokens": 700}}, "policy full keeps every token"),
         ({"kv": {"hot": 700}}, "'hot' is not known"),
+        ({"kv": {"head_budgets": "adaptive"}}, "head_budgets=adaptive shares a budget that forgets, which policy auto"),
+        ({"policy": "full", "kv": {"head_budgets": "adaptive"}}, "which policy full has not; leave it out or use"),
         ({"memory": "lots"}, "'lots' is not a size"),
         ({"memory": -1}, "outside of 0"),
     ],
