@@ -12,7 +12,7 @@ from .. import kernels
 from ..errors import SnapshotError, StorageError
 from .archive import BLOCK_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
-from .head_budgets import UNIFORM, adaptive_budgets
+from .forgetting import prune_layer
 from .ranking import Ranking
 from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
@@ -297,33 +297,18 @@ class KVCache:
             self._archive_before_window(self._archive, budget)
             return
         for layer in range(self._shape.layers):
-            if 0 < self._shape.window(layer) <= budget:
+            window = self._shape.window(layer)
+            if 0 < window <= budget:
                 continue  # it holds its window
             if self._tokens(layer) > budget:
                 try:
-                    self._demote_layer(layer, budget)
+                    prune_layer(
+                        self._native, layer, budget, ranking=self._ranking, settings=self._settings,
+                        kv_heads=self._shape.kv_heads, unseen_until=self.total_tokens - window + 1 if window else 0,
+                    )  # fmt: skip
                 except RuntimeError as error:  # the pool's limit, which the message names
                     raise CacheFullError(str(error)) from None
         self._ranking.forget_dropped(self._native)
-
-    def _demote_layer(self, layer: int, budget: int) -> None:
-        if self._settings.head_budgets == UNIFORM:
-            scores = list(self._scores(layer))
-            counts = [budget] * len(scores)
-        else:
-            scores = [self._scores(layer, head)[0] for head in range(self._shape.kv_heads)]
-            counts = adaptive_budgets(scores, budget, self._settings.least_hot_tokens)
-        self._native.retain_layer(layer, [_best(row, count) for row, count in zip(scores, counts, strict=True)])
-
-    def _scores(self, layer: int, head: int | None = None) -> NDArray[np.float32]:
-        """Of all KV heads [K, T], or of one [1, T]; infinite where the settings say what is kept."""
-        view, scores = self._ranking.rank(self._native, layer, head)
-        window = self._shape.window(layer)
-        scores[:, : self._settings.sinks] = np.inf
-        if window:  # what no query to come sees, the sinks among it, makes room for the others
-            scores[view.positions <= self.total_tokens - window] = -np.inf
-        scores[:, max(scores.shape[1] - self._settings.window, 0) :] = np.inf
-        return scores
 
     def _archive_before_window(self, archive: ArchiveOptions, budget: int) -> None:
         until = (self.total_tokens - archive.window) // archive.step_tokens * archive.step_tokens
@@ -372,7 +357,3 @@ class KVCache:
         """What the scorer would be shown now."""
         return self._ranking.view(self._native, layer)
 
-
-def _best(scores: NDArray[np.float32], count: int) -> NDArray[np.int32]:
-    """Indices of the ``count`` largest of scores [T], ascending."""
-    return np.sort(np.argpartition(scores, scores.size - count)[scores.size - count :]).astype(np.int32)

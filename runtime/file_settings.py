@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..cache import CacheSettings
 from ..cache.scorers import scorer_names
+from ..cache.settings import OF_FORGETTING
 from ..devices.reporting import Notice
 from ..errors import OptionError
 from ..export.package import Package
@@ -24,7 +25,7 @@ def with_settings_of(
     for key, value in package.manifest.kv.items():
         forgets = policy in scorer_names()
         beside_policy = (policy == "full" and key in BUDGETS) or (forgets and key == "scorer")
-        beside_policy |= not forgets and key == "head_budgets"
+        beside_policy |= not forgets and key in OF_FORGETTING
         if key in given:
             continue
         if beside_policy or not rules.knows(key, value) or not _is_valid(key, value, rules.storages):

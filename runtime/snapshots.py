@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import WINDOW_SLACK, ArchiveOptions, CacheFullError, CacheSettings
-from ..cache.head_budgets import UNIFORM
 from ..cache.snapshots import Match, Snapshot, SnapshotStore, Subject, settings_key
 from ..devices.files.cache_folder import cache_folder, snapshots_folder
 from ..devices.planner import Plan
@@ -126,8 +125,7 @@ def _held(engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveO
         outgrown = {"codec": archive.codec, "retriever": archive.retriever} if archive else {}
         return held | {"kind": "full"} | outgrown
     if archive is None:
-        budgets = {} if settings.head_budgets == UNIFORM else {"head_budgets": settings.head_budgets}
-        return held | budgets | {
+        return held | settings.of_forgetting | {
             "kind": "pruned", "scorer": settings.scorer, "hot_tokens": plan.hot_tokens, "sinks": settings.sinks,
             "window": settings.window, "chunk": plan.chunk,
         }  # fmt: skip

@@ -321,6 +321,24 @@ void KVCache::retain_layer(int layer, const std::vector<Kept>& kept) {
   for (size_t kv = 0; kv < heads.size(); ++kv) retain(layer, int(kv), kept[kv].tokens, kept[kv].count);
 }
 
+void KVCache::overwrite(int layer, int kv_head, const int32_t* tokens, int count, const float* keys,
+                        const float* values) {
+  Head& head = layers_.at(layer).heads.at(kv_head);
+  const int D = shape_.head_size;
+  for (int i = 0; i < count; ++i)
+    if (tokens[i] < 0 || tokens[i] >= head.tokens || (i && tokens[i] <= tokens[i - 1]))
+      throw std::invalid_argument("overwrite: indices must ascend and lie inside the head");
+  for (int i = 0; i < count; ++i) writable(head, tokens[i] / kPageTokens);
+  for (int i = 0; i < count; ++i) {
+    Page& page = *head.pages[tokens[i] / kPageTokens];
+    const int slot = tokens[i] % kPageTokens;
+    for (int d = 0; d < D; ++d) {
+      put(page.keys(), shape_.storage, key_index(slot, d, D), keys[size_t(i) * D + d]);
+      put(page.values(), shape_.storage, size_t(slot) * D + d, values[size_t(i) * D + d]);
+    }
+  }
+}
+
 // --- The archive -----------------------------------------------------------------------------------------------------
 
 void KVCache::archive_until(int until, const float* block_scores, const Parallel& parallel) {

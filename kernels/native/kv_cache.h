@@ -77,6 +77,9 @@ class KVCache {
     int count;
   };
   void retain_layer(int layer, const std::vector<Kept>& heads);
+  // Gives the tokens (ascending indices) of a head other keys (after RoPE) and values, [count, D]: what was forgotten may
+  // have been merged into them. None changes when memory for copies runs out.
+  void overwrite(int layer, int kv_head, const int32_t* tokens, int count, const float* keys, const float* values);
 
   int tokens(int layer, int kv_head) const;
   void positions(int layer, int kv_head, int32_t* out) const;

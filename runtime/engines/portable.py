@@ -14,7 +14,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...cache import ArchiveOptions, CacheSettings
-from ...cache.head_budgets import UNIFORM
 from ...cache.snapshots import Snapshot
 from ...devices.planner import Costs
 from ...errors import ModelError, OptionError, SnapshotError
@@ -52,10 +51,10 @@ class PortableEngine(Engine):
                 f"scorer {settings.scorer!r} is not available in the portable flavour; choose one of "
                 f"{', '.join(graphs.SCORERS)}, or use the native flavour"
             )
-        if settings.head_budgets != UNIFORM:
+        for key, value in settings.of_forgetting.items():
             raise OptionError(
-                f"kv head_budgets={settings.head_budgets} is not available in the portable flavour, whose heads keep "
-                "equally many tokens; leave it out or use the native flavour"
+                f"kv {key}={value} is not available in the portable flavour, whose heads keep equally many tokens and "
+                "forget the others; leave it out or use the native flavour"
             )
         self.package = package
         self.spec = package.spec

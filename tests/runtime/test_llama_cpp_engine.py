@@ -438,6 +438,7 @@ def test_auto_keeps_everything_while_it_fits_and_then_the_newest(load_llama: Loa
             for name in sorted(set(scorer_names()) - {"recency", "keydiff", "snapkv"})
         ),
         ({"policy": "keydiff", "kv": {"head_budgets": "adaptive"}}, "kv head_budgets is not for .*, which evicts"),
+        ({"policy": "keydiff", "kv": {"merge": "lookm"}}, "kv merge is not for .*, which evicts whole tokens"),
         ({"kv": {"scorer": "expected-attention"}}, "expected-attention is not available"),
         ({"kv": {"storage": "bf16"}}, "kv storage='bf16' is not supported; choose one of f16, q8_0, q4_0"),
         ({"kv": {"storage": "q8_0"}, "engine": "native"}, "kv storage='q8_0' is not supported; choose one of bf16"),

@@ -52,12 +52,13 @@ def test_of_a_longer_document_only_the_tail_is_read(load_tiny: Load, tmp_path: P
     assert len(snapshots(tmp_path)) == 2
 
 
-def test_budgets_of_heads_have_snapshots_of_their_own(load_tiny: Load, tmp_path: Path) -> None:
-    for budgets, reopened in (("uniform", False), ("adaptive", False), ("uniform", True), ("adaptive", True)):
-        kv = {"hot_tokens": 1024, "head_budgets": budgets}
+def test_ways_to_forget_have_snapshots_of_their_own(load_tiny: Load, tmp_path: Path) -> None:
+    kinds: list[dict[str, object]] = [{}, {"head_budgets": "adaptive"}, {"merge": "lookm"}]
+    for more, reopened in zip(kinds * 2, [False] * 3 + [True] * 3, strict=True):
+        kv = {"hot_tokens": 1024, **more}
         with load_tiny(EXACT, cache_dir=tmp_path, policy="h2o", kv=kv).read_text(DOCUMENT) as context:
             assert context.reopened is reopened
-    assert len(snapshots(tmp_path)) == 2
+    assert len(snapshots(tmp_path)) == 3
 
 
 def test_no_cache_neither_opens_nor_writes(load_tiny: Load, tmp_path: Path) -> None:
