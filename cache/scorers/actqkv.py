@@ -5,10 +5,10 @@ spread, before RoPE; the `PROBES` queries with the largest one, for each KV head
 their mean attention, over the group's query heads.
 
 Departures: the window is the last `observed_queries` of a chunk; the attention of the probe queries is averaged, where
-the paper compares one probe vector with blocks of keys that it retrieves; squared distances are averaged over channels
-and query heads. Its cut-off by information density gives each layer a budget of its own, by looking at all layers: a
-scorer sees one layer, all of which have the same budget, so there is none here (`--kv head_budgets=adaptive` moves
-budget between the heads of a layer).
+the paper compares one probe vector with blocks of keys that it retrieves; the bias is the mean square over channels and
+query heads, written from the paper's description and not checked against its equation. Its cut-off by information
+density gives each layer a budget of its own, by looking at all layers: a scorer sees one layer, all of which have the
+same budget, so there is none here (`--kv head_budgets=adaptive` moves budget between the heads of a layer).
 """
 
 from __future__ import annotations
