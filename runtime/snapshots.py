@@ -125,7 +125,7 @@ def _held(engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveO
         outgrown = {"codec": archive.codec, "retriever": archive.retriever} if archive else {}
         return held | {"kind": "full"} | outgrown
     if archive is None:
-        return held | {
+        return held | settings.of_forgetting | {
             "kind": "pruned", "scorer": settings.scorer, "hot_tokens": plan.hot_tokens, "sinks": settings.sinks,
             "window": settings.window, "chunk": plan.chunk,
         }  # fmt: skip
