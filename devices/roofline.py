@@ -25,7 +25,7 @@ ATTENTION_FLOPS_PER_THREAD = 20e9
 MEMORY_BYTES_PER_SECOND = 10e9
 # As kernels/native/attend.cc has it: a chunk longer than LONG_CHUNK makes one choice for QUERIES_PER_CHOICE queries
 # with every VOTER_STRIDE-th of them, a shorter one for QUERIES_OF_SHORT_CHUNK with all; each goes over all digests.
-LONG_CHUNK, QUERIES_PER_CHOICE, QUERIES_OF_SHORT_CHUNK, VOTER_STRIDE = 64, 16, 4, 4
+LONG_CHUNK, QUERIES_PER_CHOICE, QUERIES_OF_SHORT_CHUNK, VOTER_STRIDE = 48, 64, 4, 4
 READS_AT_ONCE = 8  # batched, and fetched for the next layer while this one computes
 OVERLAP = 0.22  # 16 choices of a chunk wanted 1.8 times as many blocks as one of them: smollm2-135m over a manual
 CACHED_READ_SECONDS = 2e-6  # of a block that was read a moment ago

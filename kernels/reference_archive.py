@@ -17,7 +17,7 @@ from .reference import Floats, Integers, apply_rope, attention, merge
 
 BLOCK, PAGE_BLOCKS = 16, 16
 PAGE = BLOCK * PAGE_BLOCKS
-LONG_CHUNK, LONG_GROUP, SHORT_GROUP, VOTER_STRIDE = 48, 16, 4, 4
+LONG_CHUNK, LONG_GROUP, SHORT_GROUP, VOTER_STRIDE = 48, 64, 4, 4
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ namespace {
 constexpr int kTaskRows = 96;        // query rows of one attention task: a page is converted once for them
 // Neighbouring queries choose blocks together: few of them, so that each finds what it needs. In a long chunk (a document
 // that is read) more share a choice, and every fourth has a vote: a choice costs a pass over all digests.
-constexpr int kLongChunk = 48, kQueriesOfLongChunk = 16, kQueriesOfShortChunk = 4, kVoterStride = 4;
+constexpr int kLongChunk = 48, kQueriesOfLongChunk = 64, kQueriesOfShortChunk = 4, kVoterStride = 4;
 }  // namespace
 
 void KVCache::attend(const AttentionSettings& s, const float* queries, const float* keys, const float* values,

@@ -92,10 +92,10 @@ def test_flash_costs_and_memory_does_not() -> None:
     assert seconds(COLD, 8_000, slow)[0] > 1.5 * seconds(COLD, 8_000)[0]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 63, 64, 65, 80, 100, 512])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 47, 48, 49, 64, 65, 80, 100, 512])
 def test_choices_against_a_loop(chunk: int) -> None:
     """As the native code makes them: groups of neighbours, of a long chunk every fourth query has a vote."""
-    each, stride = (16, 4) if chunk > 64 else (4, 1)
+    each, stride = (64, 4) if chunk > 48 else (4, 1)
     groups = [range(first, min(first + each, chunk))[::stride] for first in range(0, chunk, each)]
     assert choices(chunk) == len(groups)
     assert voters(chunk) == sum(map(len, groups))
@@ -107,7 +107,7 @@ def test_what_choosing_adds() -> None:
     archived = 8_000 - 256
     looked = archived / 128 * 32 * archived / 16 / 2
     assert seconds(WARM, 8_000)[0] - seconds(blind, 8_000)[0] == pytest.approx(looked * 4e-6)
-    assert 256 < wanted_tokens(replace(COLD, chunk=64)) < wanted_tokens(replace(COLD, chunk=512)) < 1024
+    assert 256 < wanted_tokens(replace(COLD, chunk=128)) < wanted_tokens(replace(COLD, chunk=512)) < 1024
     assert wanted_tokens(replace(COLD, chunk=1)) == 256
 
 
