@@ -124,6 +124,7 @@ class KVCache:
             "limit_bytes": limit_bytes,
             "archive": archive.native(shape.head_size) if archive else None,
             "windows": shape.windows,
+            "retention": self._scorer.needs_retention,
         }
         self._native = kernels.KVCache(**self._options)
 
@@ -364,6 +365,10 @@ class KVCache:
             if scorer.needs_values:
                 values[head] = found[1]
         queries, query_positions = self._native.observed(layer)
+        retention = None
+        if scorer.needs_retention:
+            retention = np.stack([self._native.retention(layer, head) for head in range(heads)])
         return LayerView(
-            keys, values, positions, queries, query_positions, self._native.frequencies(layer), self._shape.scale
-        )
+            keys, values, positions, queries, query_positions, self._native.frequencies(layer), self._shape.scale,
+            retention,
+        )  # fmt: skip

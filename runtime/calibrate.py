@@ -1,4 +1,4 @@
-"""`calibrate`: a model's package and a person's text, in that model's tokens and chat form, for `export/calibration`."""
+"""`calibrate`: a model's package and a person's text, in the model's tokens and chat form, for `export/calibration`."""
 
 from __future__ import annotations
 

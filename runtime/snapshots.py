@@ -16,7 +16,7 @@ from ..errors import OptionError, SnapshotError, StorageError
 from .engines import ConversationCache, Engine
 
 LEAST_TOKENS = 512  # fewer are read faster than they are looked for
-STATE_VERSION = 1  # of what the numbers in a snapshot mean; another version's are not opened
+STATE_VERSION = 2  # of what the numbers in a snapshot mean; another version's are not opened
 
 
 class DocumentSnapshots:

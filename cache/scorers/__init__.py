@@ -8,11 +8,12 @@ from __future__ import annotations
 from .base import Floats, LayerView, Scorer
 from .expected_attention import ExpectedAttention
 from .keydiff import KeyDiff
+from .kvzap import KVzap
 from .recency import Recency
 from .snapkv import SnapKV
 
 _SCORERS: dict[str, type[Scorer]] = {
-    scorer.name: scorer for scorer in (Recency, KeyDiff, SnapKV, ExpectedAttention)
+    scorer.name: scorer for scorer in (Recency, KeyDiff, SnapKV, ExpectedAttention, KVzap)
 }
 
 

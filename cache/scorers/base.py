@@ -20,7 +20,8 @@ class LayerView:
     ``positions`` int32 [K, T], ascending in each head;
     ``queries`` (before RoPE) float32 [W, H, D] at ``query_positions`` int32 [W], the last ones of the chunk, as many
     as the scorer declares; ``frequencies`` float32 [rotated dimensions / 2], radians per position; ``scale`` of the
-    logits.
+    logits; ``retention`` float32 [K, T]: what the graph's heads said each pair will be worth, the more the better (None
+    when the scorer does not need it).
     """
 
     keys: Floats
@@ -30,6 +31,7 @@ class LayerView:
     query_positions: NDArray[np.int32]
     frequencies: Floats
     scale: float
+    retention: Floats | None = None
 
 
 class Scorer(ABC):
@@ -43,6 +45,8 @@ class Scorer(ABC):
     """Whether it looks at keys (copying them out costs time)."""
     needs_values: ClassVar[bool] = False
     """Whether it looks at values, too."""
+    needs_retention: ClassVar[bool] = False
+    """Whether it looks at what the graph's retention heads say; the package must be calibrated for its name then."""
 
     @classmethod
     def scoring_bytes_per_token(cls, kv_heads: int, head_size: int) -> int:

@@ -2,7 +2,8 @@
 
 Ridge regression per layer, in closed form, over windows of a text. Sums are all that is kept, so memory does not grow
 with the text; they are written after each window, so that the same call goes on where it was stopped. The windows that
-the seed puts last are not learnt from: they say how well the heads predict (R squared).
+the seed puts last are not learnt from: they say how well the heads predict (R squared), and which strength of the ridge
+does best, one for the whole model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..package import Package
 from .decoder import Decoder, Tensor, require_torch
 from .files import calibration_folder, package_mark, write_retention
 from .labels import TARGETS, Labels, Window
-from .ridge import FitSums, RidgeSums
+from .ridge import RIDGES, Doubles, FitSums, RidgeSums
 
 METHOD = "kvzap"
 WINDOW_TOKENS = 1024  # the paper's texts have 750 to 1,250: attention thins out with length, and labels with it
@@ -35,6 +36,8 @@ LEAST_WINDOW, MOST_WINDOW = 16, 1 << 16
 FIRST_TOKENS = 4  # of a window, not learnt from: attention sinks, which the cache keeps whatever their score
 HELD_OUT = 8  # one window of so many, at least one
 SUMS_FILE = "kvzap.partial.npz"
+
+Heads = list[tuple[Doubles, Doubles]]  # weights and biases for each strength of the ridge
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class _Sums:
         self._path, self._key = path, key
         self.windows, self.seconds = 0, 0.0
         self.fitted = RidgeSums(layers, hidden, kv_heads)
-        self.checked = FitSums(layers, kv_heads)
+        self.checked = FitSums(len(RIDGES), layers, kv_heads)
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             self._load()
 
@@ -132,6 +135,10 @@ class _Sums:
         for name, array in self._arrays().items():
             array[:] = found[name]
         self.windows, self.seconds = windows, seconds
+
+    def heads(self) -> Heads:
+        """For each strength of the ridge."""
+        return [self.fitted.solve(ridge) for ridge in RIDGES]
 
     def save(self, seconds: float) -> None:
         """Raises StorageError."""
@@ -167,16 +174,16 @@ def calibrate_kvzap(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        heads = sums.fitted.solve() if sums.windows >= learnt else None
+        heads = sums.heads() if sums.windows >= learnt else []
         while sums.windows < len(windows):
             at = sums.windows
 
-            def take(layer: int, inputs: Tensor, labels: Tensor, at: int = at, heads: Any = heads) -> None:
+            def take(layer: int, inputs: Tensor, labels: Tensor, at: int = at, heads: Heads = heads) -> None:
                 x, y = (part[FIRST_TOKENS:].double().numpy() for part in (inputs, labels))
-                if heads is None:
+                if at < learnt:
                     sums.fitted.add(layer, x, y)
                 else:
-                    sums.checked.add(layer, y, x @ heads[0][layer].T + heads[1][layer])
+                    sums.checked.add(layer, y, [x @ weights[layer].T + biases[layer] for weights, biases in heads])
                 report("calibrating", at * size + (layer + 1) * size // spec.layers, len(windows) * size)
 
             labels = Labels(windows[at], spec.attention_windows, take)
@@ -185,13 +192,17 @@ def calibrate_kvzap(
             sums.windows += 1
             sums.save(time.perf_counter() - begun)
             if sums.windows == learnt:
-                heads = sums.fitted.solve()
+                heads = sums.heads()
     finally:
         torch.set_num_threads(threads_before)
-    assert heads is not None, "at least one window is held out"
+    r2 = sums.checked.r2()
+    best = int(r2.mean(axis=1).argmax())
+    weights, biases = (part.astype(np.float32) for part in heads[best])
     seconds = sums.seconds + time.perf_counter() - begun
-    figures = _figures(text, order, len(windows), sums.checked.r2().tolist(), seconds)
-    weights, biases = (part.astype(np.float32) for part in heads)
+    figures = _figures(text, order, len(windows), r2[best].tolist(), seconds) | {
+        "ridge": RIDGES[best],
+        "r2_of_ridge": dict(zip(map(str, RIDGES), r2.mean(axis=1).round(4).tolist(), strict=True)),
+    }
     record = write_retention(package, METHOD, weights, biases, figures)
     sums.remove()
     return record

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
-# Share of each feature's own spread that is added to it. Inputs of a layer differ in scale by orders of magnitude, so
-# an equal amount for all would silence the small ones. 0.003 to 0.03 are as good on the default text; less over-fits.
-RIDGE = 0.01
+# Shares of each feature's own spread that may be added to it: inputs of a layer differ in scale by orders of magnitude,
+# and an equal amount for all would silence the small ones. The less text, the larger the share that predicts best.
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class RidgeSums:
@@ -24,7 +26,7 @@ class RidgeSums:
         self.gram[layer] += x.T @ x
         self.cross[layer] += x.T @ y
 
-    def solve(self, ridge: float = RIDGE) -> tuple[Doubles, Doubles]:
+    def solve(self, ridge: float) -> tuple[Doubles, Doubles]:
         """Weights [L, K, F] and biases [L, K] of y = x W' + b; the bias is not shrunk."""
         found = [self._solve_layer(layer, ridge) for layer in range(len(self.gram))]
         return np.stack([weights for weights, _ in found]), np.stack([biases for _, biases in found])
@@ -43,23 +45,25 @@ class RidgeSums:
 
 
 class FitSums:
-    """How well predictions fit samples that the regression has not seen, for L layers with K targets each."""
+    """How well several predictors fit samples that they have not seen, for L layers with K targets each."""
 
-    def __init__(self, layers: int, targets: int) -> None:
+    def __init__(self, predictors: int, layers: int, targets: int) -> None:
         self.count = np.zeros((layers, 1))
         self.total = np.zeros((layers, targets))
         self.squares = np.zeros((layers, targets))
-        self.errors = np.zeros((layers, targets))
+        self.errors = np.zeros((predictors, layers, targets))
 
-    def add(self, layer: int, y: Doubles, predicted: Doubles) -> None:
-        """Both [n, K]."""
+    def add(self, layer: int, y: Doubles, predicted: Sequence[Doubles]) -> None:
+        """``y`` [n, K], and as many for each predictor."""
         self.count[layer] += len(y)
         self.total[layer] += y.sum(axis=0)
         self.squares[layer] += np.square(y).sum(axis=0)
-        self.errors[layer] += np.square(y - predicted).sum(axis=0)
+        for errors, guess in zip(self.errors, predicted, strict=True):
+            errors[layer] += np.square(y - guess).sum(axis=0)
 
     def r2(self) -> Doubles:
-        """Share of the spread that is explained, of each layer over its targets [L]; below 0: worse than the mean."""
+        """Share of the spread that each predictor explains, of each layer over its targets, [predictors, L]; below 0:
+        worse than the mean."""
         spread = self.squares - np.square(self.total) / np.maximum(self.count, 1)
-        explained: Doubles = 1 - self.errors.sum(axis=1) / np.maximum(spread.sum(axis=1), 1e-30)
+        explained: Doubles = 1 - self.errors.sum(axis=2) / np.maximum(spread.sum(axis=1), 1e-30)
         return explained

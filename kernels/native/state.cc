@@ -15,7 +15,7 @@ namespace satchel {
 
 namespace {
 
-constexpr uint32_t kVersion = 2;  // 2: codes of four bits in digests of channels
+constexpr uint32_t kVersion = 3;  // 2: codes of four bits in digests of channels; 3: retention
 
 [[noreturn]] void damaged(const std::string& what) {
   throw std::invalid_argument("a saved KV cache does not fit or is damaged: " + what);
@@ -153,6 +153,7 @@ void CacheState::write_layer(const KVCache& cache, int layer_index, Writer& w) {
                      int(layer.observed_positions.size()), int(layer.frequencies.size())})
     w.number(uint32_t(number));
   w.put(&layer.attention_factor, sizeof(float));
+  w.number(s.retention ? 1 : 0);
   w.number(archive ? 1 : 0);
   if (archive) {
     const ArchiveNumbers settings = numbers_of(archive->settings_);
@@ -182,6 +183,8 @@ void CacheState::write_pages(const KVCache& cache, const KVCache::Head& head, Wr
     std::memcpy(to + side, head.pages[p]->values(), side);
     clear_unused(cache.shape_, tokens, to, to + side);
   }
+  for (size_t p = 0; p < head.pages.size() && cache.shape_.retention; ++p)
+    w.put(head.pages[p]->retention(), std::min(kPageTokens, head.tokens - int(p) * kPageTokens) * sizeof(float));
 }
 
 void CacheState::write_head(const Archive& archive, const Archive::Head& h, bool chosen, Writer& w) {
@@ -264,6 +267,7 @@ CacheState::Counts CacheState::read_counts(Reader& r) {
   c.half = int(half);
   c.attention_factor = r.finite(1, "attention factors")[0];
   c.chosen_at = -1;
+  if (r.number() != (s.retention ? 1u : 0u)) damaged("it has retention scores where none are kept, or the reverse");
   const uint32_t archives = r.number();
   const int index = cache_->archive_index_[next_layer_];
   if (archives != (index >= 0 ? 1u : 0u)) damaged("it has an archive where none is set, or the reverse");
@@ -328,6 +332,10 @@ void CacheState::read_pages(KVCache::Layer& layer, int kv_head, const Counts& c,
     clear_unused(s, tokens, static_cast<uint8_t*>(page->keys()), static_cast<uint8_t*>(page->values()));
     std::copy_n(positions.begin() + at, tokens, page->positions());
     head.pages.push_back(std::move(page));
+  }
+  if (s.retention) {
+    const std::vector<float> scores = r.finite(uint64_t(c.tokens), "retention scores");
+    for (int t = 0; t < c.tokens; ++t) head.pages[t / kPageTokens]->retention()[t % kPageTokens] = scores[t];
   }
   head.tokens = head.committed = c.tokens;
 }

@@ -31,6 +31,7 @@ def make_view(seed: int = 0, queries: int = QUERIES) -> LayerView:
         query_positions=places[len(places) - queries :],
         frequencies=FREQUENCIES,
         scale=SIZE**-0.5,
+        retention=rng.normal(size=(KV_HEADS, TOKENS)).astype(np.float32),
     )
 
 
@@ -70,6 +71,11 @@ def plant_key_of_the_mean_query(view: LayerView) -> None:
     view.keys[:, PLANTED] = 3 * rotate(mean, np.array([ahead], np.int32), FREQUENCIES)[0, 0]
 
 
+def plant_foretold_pair(view: LayerView) -> None:
+    assert view.retention is not None
+    view.retention[:, PLANTED] = 9.0
+
+
 def nothing(view: LayerView) -> None:
     del view
 
@@ -80,6 +86,7 @@ ROWS: dict[str, Row] = {
     "keydiff": Row(plant_outlier_key, PLANTED),
     "snapkv": Row(plant_key_of_the_last_queries, PLANTED),
     "expected-attention": Row(plant_key_of_the_mean_query, PLANTED),
+    "kvzap": Row(plant_foretold_pair, PLANTED),
 }
 
 
@@ -114,7 +121,7 @@ def test_ranking(name: str) -> None:
 def test_the_view_stays_as_it_was(name: str) -> None:
     view, again = make_view(), make_view()
     find_scorer(name).score(view)
-    for field in ("keys", "values", "positions", "queries", "query_positions", "frequencies"):
+    for field in ("keys", "values", "positions", "queries", "query_positions", "frequencies", "retention"):
         np.testing.assert_array_equal(getattr(view, field), getattr(again, field))
 
 
@@ -142,7 +149,11 @@ def test_few_tokens(name: str, tokens: int) -> None:
     """Fewer tokens than snapkv's pooling window, and one query alone."""
     view = make_view(queries=1)
     last = slice(TOKENS - tokens, TOKENS)
-    few = replace(view, keys=view.keys[:, last], values=view.values[:, last], positions=view.positions[:, last])
+    assert view.retention is not None
+    few = replace(
+        view, keys=view.keys[:, last], values=view.values[:, last], positions=view.positions[:, last],
+        retention=view.retention[:, last],
+    )  # fmt: skip
     scores = find_scorer(name).score(few)
     assert scores.shape == (KV_HEADS, tokens)
     assert np.isfinite(scores).all()

@@ -157,11 +157,11 @@ def test_a_feature_that_never_moves_is_no_trouble() -> None:
 
 def test_r2_of_guesses() -> None:
     y = RNG.normal(size=(40, 2))
-    for predicted, expected in ((y, 1.0), (np.broadcast_to(y.mean(axis=0), y.shape), 0.0)):
-        fit = FitSums(1, 2)
-        fit.add(0, y[:7], predicted[:7])
-        fit.add(0, y[7:], predicted[7:])
-        np.testing.assert_allclose(fit.r2(), [expected], atol=1e-12)
+    mean = np.broadcast_to(y.mean(axis=0), y.shape)
+    fit = FitSums(2, 1, 2)
+    fit.add(0, y[:7], [y[:7], mean[:7]])
+    fit.add(0, y[7:], [y[7:], mean[7:]])
+    np.testing.assert_allclose(fit.r2(), [[1.0], [0.0]], atol=1e-12)
 
 
 # --- the run
@@ -176,6 +176,8 @@ def test_a_run_writes_heads_and_figures(package: Package) -> None:
     assert len(record["r2_of_layer"]) == package.spec.layers
     assert record["r2"] == pytest.approx(np.mean(record["r2_of_layer"]), abs=1e-4)
     assert record["peak_rss_bytes"] > 1 << 20
+    assert record["r2"] == pytest.approx(max(record["r2_of_ridge"].values()), abs=1e-4)
+    assert record["r2_of_ridge"][str(record["ridge"])] == max(record["r2_of_ridge"].values())
     assert files.read_records(package.folder) == {"kvzap": record}
     heads = files.open_retention(open_package(package.folder), "kvzap")
     assert heads.weights.shape == (package.spec.layers, package.spec.kv_heads, package.spec.hidden)
