@@ -70,10 +70,15 @@ def command(
     if not text and not SAMPLES.is_dir():
         raise click.UsageError("our sample documents are not installed here; name a text by --text FILE", context)
     with progress_bar("tokens") as progress:
-        found = calibrate(
-            model, text or (SAMPLES,), method=method, order=order, threads=threads, cache_dir=cache_dir,
-            progress=progress, notice=progress.notice,
-        )  # fmt: skip
+        try:
+            found = calibrate(
+                model, text or (SAMPLES,), method=method, order=order, threads=threads, cache_dir=cache_dir,
+                progress=progress, notice=progress.notice,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            progress.close()
+            progress.notice("finished windows are kept; the same command goes on from there")
+            raise
     click.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
 
 

@@ -57,6 +57,39 @@ def test_refusals(calibrate: Any, arguments: tuple[str, ...], code: int, message
     assert message in found.stderr
 
 
+def test_stopped(calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from satchel.export.calibration.decoder import Decoder
+
+    whole = json.loads(calibrate("--seed", "9", "--json").stdout)
+    run, left = Decoder.run, [2]
+
+    def interrupted(self: Decoder, *given: Any, **named: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return run(self, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "run", interrupted)
+        found = calibrate("--seed", "9", "--json")
+    assert (found.exit_code, found.stdout) == (130, "")
+    assert found.stderr == (
+        "finished windows are kept; the same command goes on from there\nsatchel: stopped\n"
+    )
+    assert json.loads(calibrate("--seed", "9", "--json").stdout)["sha256"] == whole["sha256"]
+
+
+def test_asking_with_and_without_a_calibration(
+    calibrate: Any, satchel: Any, document: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    order = ("ask", document, "What is cleaned?", "--policy", "kvzap", "--max-new-tokens", "3")
+    assert calibrate().exit_code == 0
+    assert satchel(*order).exit_code == 0
+    found = satchel(*order, "--cache-dir", tmp_path)
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert "has no calibration for kvzap; make it once: satchel calibrate MODEL --method kvzap" in found.stderr
+
+
 def test_without_torch(satchel: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     found = satchel("calibrate", tiny)
