@@ -217,7 +217,7 @@ def _figures(text: Text, order: Order, windows: int, r2: Sequence[float], second
         "held_out_tokens": tested * order.window_tokens,
         "text_tokens": len(text.ids),
         "text_sha256": text.sha256,
-        "r2": float(np.mean(r2)),
+        "r2": round(float(np.mean(r2)), 4),
         "r2_of_layer": [round(value, 4) for value in r2],
         "seconds": round(seconds, 1),
         "peak_rss_bytes": peak_rss_bytes(),
