@@ -15,8 +15,7 @@ BLOCK_TOKENS = 16
 @dataclass(frozen=True)
 class ArchiveOptions:
     """``sinks`` first tokens are attended always, ``window`` tokens stay hot. ``recall_tokens`` per KV head are
-    recalled for each question, and while answering every ``recall_every`` tokens; for a document's chunk
-    ``reading_recall_tokens`` (None: as many).
+    recalled for each part of what is read, and while answering every ``recall_every`` tokens.
 
     ``reach``: positions that attention may span (the context that the model was trained for), 0 for no bound; what is
     farther away is attended as if it were nearer (InfLLM, arXiv 2402.04617).
@@ -36,7 +35,6 @@ class ArchiveOptions:
     cold_folder: str = ""
     cold_bytes: int = 0
     held_bytes: int = 0
-    reading_recall_tokens: int | None = None
 
     @property
     def step_tokens(self) -> int:
@@ -47,7 +45,6 @@ class ArchiveOptions:
         """As `kernels.KVCache` takes them."""
         codec, retriever = find_codec(self.codec), find_retriever(self.retriever)
         high, low = codec.high(head_size), codec.low(head_size)
-        reading = self.recall_tokens if self.reading_recall_tokens is None else self.reading_recall_tokens
         return {
             "high": _numbers(high),
             "low": _numbers(low),
@@ -55,7 +52,6 @@ class ArchiveOptions:
             "channels": retriever.channels,
             "sinks": round_up(self.sinks, BLOCK_TOKENS),
             "recall_tokens": round_up(self.recall_tokens, BLOCK_TOKENS),
-            "reading_recall_tokens": round_up(reading, BLOCK_TOKENS),
             "recall_every": self.recall_every,
             "window": self.window,
             "reach": self.reach,

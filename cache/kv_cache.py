@@ -12,6 +12,8 @@ from .. import kernels
 from ..errors import SnapshotError, StorageError
 from .archive import BLOCK_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
+from .forgetting import prune_layer
+from .ranking import Ranking
 from .scorers import LayerView, find_scorer
 from .settings import CacheSettings
 from .snapshots.snapshot import Snapshot
@@ -108,7 +110,8 @@ class KVCache:
     ) -> None:
         self._shape = shape
         self._settings = settings
-        self._scorer = find_scorer(settings.scorer)
+        scorer = find_scorer(settings.scorer)
+        self._ranking = Ranking(scorer, shape.kv_heads, shape.head_size, shape.scale)
         self._threads = threads
         self._archive = archive
         self.hot_tokens = hot_tokens
@@ -120,11 +123,11 @@ class KVCache:
             "head_size": shape.head_size,
             "storage": settings.storage,
             "threads": threads,
-            "observed_queries": self._scorer.observed_queries,  # kept even with no budget: one may come later
+            "observed_queries": scorer.observed_queries,  # kept even with no budget: one may come later
             "limit_bytes": limit_bytes,
             "archive": archive.native(shape.head_size) if archive else None,
             "windows": shape.windows,
-            "retention": self._scorer.needs_retention,
+            "retention": scorer.needs_retention,
         }
         self._native = kernels.KVCache(**self._options)
 
@@ -155,6 +158,7 @@ class KVCache:
                 shape, settings, hot_tokens=hot_tokens, threads=threads, limit_bytes=limit_bytes, archive=archive
             )
             cache.total_tokens = total_tokens_of(snapshot)
+            cache._ranking.restore(snapshot, shape.layers, cache.total_tokens)
             cache._native = restored_native(snapshot, cache._options, cache.total_tokens)
         except RuntimeError as error:
             raise CacheFullError(str(error)) from None
@@ -199,7 +203,7 @@ class KVCache:
         """Another conversation with the same past."""
         twin = object.__new__(KVCache)
         twin.__dict__.update(self.__dict__)
-        twin._native = self._native.fork()
+        twin._native, twin._ranking = self._native.fork(), self._ranking.fork()
         return twin
 
     def commit(self, tokens: int) -> None:
@@ -225,6 +229,7 @@ class KVCache:
         except RuntimeError as error:
             raise CacheFullError(str(error)) from None
         self.total_tokens = min(self.total_tokens, position)
+        self._ranking.forget_from(position)
 
     def mark(self) -> None:
         """Keeps what layers with a window hold now, so that `forget_from` can come back here whatever is read."""
@@ -241,23 +246,27 @@ class KVCache:
         Raises:
             StorageError: pairs were lost to a full disk.
         """
-        return layer_sections(self._native, self._shape.layers, self._shape.kv_heads)
+        return layer_sections(self._native, self._shape.layers, self._shape.kv_heads) + self._ranking.sections()
 
     def snapshot_bytes(self) -> int:
         """Bytes of all `sections`. Raises StorageError as they do."""
-        return saved_bytes(self._native, self._shape.layers)
+        return saved_bytes(self._native, self._shape.layers) + self._ranking.saved_bytes()
 
     def snapshot_extra(self) -> dict[str, Any]:
         """What `restored` wants to find in the snapshot's metadata under ``extra``."""
         return {"total_tokens": self.total_tokens}
 
     def held_tokens(self) -> int:
-        """Tokens per KV head that are in the hot tier now (of the head that holds most).
+        """Tokens per KV head that are in the hot tier now: the mean over the heads of the layer that holds most.
 
         Of the layers that see everything; the others hold their window. Where all layers have one: of these.
         """
-        layers = self._shape.full_layers or range(self._shape.layers)
-        return max(self._native.tokens(layer, head) for layer in layers for head in range(self._shape.kv_heads))
+        return max(map(self._tokens, self._shape.full_layers or range(self._shape.layers)))
+
+    def _tokens(self, layer: int) -> int:
+        """Per KV head, rounded up."""
+        heads = self._shape.kv_heads
+        return -(-sum(self._native.tokens(layer, head) for head in range(heads)) // heads)
 
     def usage(self) -> KVUsage:
         """Bytes and tokens by tier."""
@@ -289,23 +298,18 @@ class KVCache:
             self._archive_before_window(self._archive, budget)
             return
         for layer in range(self._shape.layers):
-            if 0 < self._shape.window(layer) <= budget:
+            window = self._shape.window(layer)
+            if 0 < window <= budget:
                 continue  # it holds its window
-            if max(self._native.tokens(layer, head) for head in range(self._shape.kv_heads)) > budget:
+            if self._tokens(layer) > budget:
                 try:
-                    self._demote_layer(layer, budget)
+                    prune_layer(
+                        self._native, layer, budget, ranking=self._ranking, settings=self._settings,
+                        kv_heads=self._shape.kv_heads, unseen_until=self.total_tokens - window + 1 if window else 0,
+                    )  # fmt: skip
                 except RuntimeError as error:  # the pool's limit, which the message names
                     raise CacheFullError(str(error)) from None
-
-    def _demote_layer(self, layer: int, budget: int) -> None:
-        view = self._view(layer)
-        scores, window = self._scorer.score(view), self._shape.window(layer)
-        scores[:, : self._settings.sinks] = np.inf
-        if window:  # what no query to come sees, the sinks among it, makes room for the others
-            scores[view.positions <= self.total_tokens - window] = -np.inf
-        scores[:, max(scores.shape[1] - self._settings.window, 0) :] = np.inf
-        best = np.argpartition(scores, -budget, axis=1)[:, -budget:]
-        self._native.retain_layer(layer, np.sort(best, axis=1).astype(np.int32))
+        self._ranking.forget_dropped(self._native)
 
     def _archive_before_window(self, archive: ArchiveOptions, budget: int) -> None:
         until = (self.total_tokens - archive.window) // archive.step_tokens * archive.step_tokens
@@ -334,11 +338,11 @@ class KVCache:
                 raise CacheFullError(str(error)) from None
             message = f"old tokens cannot be kept on disk: {error}; make room there, or use --disk 0"
             raise StorageError(message) from None
+        self._ranking.forget_dropped(self._native)
 
     def _archive_scores(self, layer: int, until: int) -> NDArray[np.float32]:
         """Scores of the hot tokens before ``until`` [kv_heads, tokens]; the sinks are attended anyway."""
-        view = self._view(layer)
-        scores = self._scorer.score(view)
+        view, scores = self._ranking.rank(self._native, layer)
         assert self._archive is not None
         scores[view.positions < round_up(self._archive.sinks, BLOCK_TOKENS)] = -np.inf
         return scores[:, : np.searchsorted(view.positions[0], until)]
@@ -351,24 +355,6 @@ class KVCache:
         self._native.retain_layer(layer, np.concatenate([best, recent], axis=1).astype(np.int32))
 
     def _view(self, layer: int) -> LayerView:
-        tokens, heads = self._native.tokens(layer, 0), self._shape.kv_heads
-        size, scorer = self._shape.head_size, self._scorer
-        keys = np.empty((heads, tokens, size if scorer.needs_pairs else 0), dtype=np.float32)
-        values = np.empty((heads, tokens, size if scorer.needs_values else 0), dtype=np.float32)
-        positions = np.empty((heads, tokens), dtype=np.int32)
-        for head in range(heads):
-            if not scorer.needs_pairs:
-                positions[head] = self._native.positions(layer, head)
-                continue
-            found = self._native.read(layer, head)
-            keys[head], positions[head] = found[0], found[2]
-            if scorer.needs_values:
-                values[head] = found[1]
-        queries, query_positions = self._native.observed(layer)
-        retention = None
-        if scorer.needs_retention:
-            retention = np.stack([self._native.retention(layer, head) for head in range(heads)])
-        return LayerView(
-            keys, values, positions, queries, query_positions, self._native.frequencies(layer), self._shape.scale,
-            retention,
-        )  # fmt: skip
+        """What the scorer would be shown now."""
+        return self._ranking.view(self._native, layer)
+

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from ..devices.sizes import parse_size
 from ..errors import OptionError
 from .codecs import codec_names
+from .head_budgets import HEAD_BUDGETS, UNIFORM
+from .mergers import NONE, merger_names
 from .retrievers import retriever_names
 from .scorers import scorer_names
 
@@ -15,6 +17,7 @@ STORAGES = ("bf16", "fp32")
 GGML_STORAGES = ("f16", "q8_0", "q4_0")  # of the engine llama.cpp
 ALL_STORAGES = (*STORAGES, *GGML_STORAGES)
 LARGEST_TOKENS = 1 << 31
+OF_FORGETTING = {"head_budgets": UNIFORM, "merge": NONE}  # settings of a budget that forgets, as they are by themselves
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class CacheSettings:
     ``window`` most recent tokens are always kept; ``scorer`` ranks the others; ``storage``: of the hot tier.
     ``budget_bytes`` bounds hot and warm pages, digests and recalled tokens together; ``codec`` encodes what leaves the
     hot tier; ``retriever`` finds ``recall_tokens`` of it per KV head again, for each chunk and every
-    ``recall_every`` tokens of an answer.
+    ``recall_every`` tokens of an answer. ``head_budgets``: how the KV heads of a layer share a budget that forgets;
+    ``merge``: what becomes of the pairs that it forgets.
     """
 
     hot_tokens: int | None = None
@@ -39,10 +43,16 @@ class CacheSettings:
     retriever: str = "channels"
     recall_tokens: int | None = None
     recall_every: int = 1
+    head_budgets: str = UNIFORM
+    merge: str = NONE
 
     def __post_init__(self) -> None:
         retrievers = (*retriever_names(), "none")
-        for key, names in (("scorer", scorer_names()), ("codec", codec_names()), ("retriever", retrievers)):
+        known = {
+            "scorer": scorer_names(), "codec": codec_names(), "retriever": retrievers, "head_budgets": HEAD_BUDGETS,
+            "merge": (NONE, *merger_names()),
+        }  # fmt: skip
+        for key, names in known.items():
             value = getattr(self, key)
             if value is not None and value not in names:
                 raise OptionError(f"kv {key}={value!r} is not known; choose one of {', '.join(names)}")
@@ -58,6 +68,11 @@ class CacheSettings:
     def least_hot_tokens(self) -> int:
         """The fewest tokens that a budget can keep: what is never given up."""
         return self.sinks + self.window
+
+    @property
+    def of_forgetting(self) -> dict[str, str]:
+        """What is set of `OF_FORGETTING`: nothing but a budget that forgets has a use for it."""
+        return {key: getattr(self, key) for key, usual in OF_FORGETTING.items() if getattr(self, key) != usual}
 
     @classmethod
     def parse(cls, values: Mapping[str, object] | None, *, storages: Sequence[str] = STORAGES) -> CacheSettings:
@@ -107,4 +122,5 @@ def _size(key: str, value: object) -> int:
 
 _PARSERS: dict[str, Callable[[str, object], int | str]] = {
     "scorer": _name, "storage": _name, "codec": _name, "retriever": _name, "budget_bytes": _size,
+    "head_budgets": _name, "merge": _name,
 }  # fmt: skip

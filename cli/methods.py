@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache.codecs import codec_names, find_codec
+from ..cache.head_budgets import ADAPTIVE, AdaptiveBudgets
+from ..cache.mergers import find_merger, merger_names
 from ..cache.retrievers import find_retriever, retriever_names
 from ..cache.scorers import find_scorer, scorer_names
 
@@ -36,9 +38,13 @@ class Method(Protocol):
 # kind -> (names, the method of a name, how it is chosen): a new registry is a row here
 REGISTRIES: dict[str, tuple[Callable[[], Iterable[str]], Callable[[str], Method], str]] = {
     "scorer": (scorer_names, find_scorer, "--policy {name}, or --kv scorer={name}"),
+    "head budgets": (
+        lambda: (ADAPTIVE,), lambda _: AdaptiveBudgets(), "--kv head_budgets={name}, with a scorer's --policy",
+    ),
+    "merger": (merger_names, find_merger, "--kv merge={name}, with a scorer's --policy"),
     "codec": (codec_names, find_codec, "--kv codec={name}"),
     "retriever": (retriever_names, find_retriever, "--kv retriever={name}"),
-}
+}  # fmt: skip
 
 
 @click.command("methods", epilog=EPILOG, short_help="List the methods that have a name, with their papers.")

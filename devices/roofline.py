@@ -130,7 +130,7 @@ def attended_pairs(plan: Plan, tokens: int, window: int = 0) -> float:
     if window and not (plan.placement == "pruned" and window > (plan.hot_tokens or 0)):
         begun = min(tokens, window)  # tokens that see all before them
         return begun * (begun + 1) / 2 + (tokens - begun) * float(window)
-    reach, pairs = _reach(plan, plan.reading_recall_tokens), 0.0
+    reach, pairs = _reach(plan, plan.recall_tokens), 0.0
     for first in range(0, tokens, plan.chunk):
         count = min(plan.chunk, tokens - first)
         pairs += count * (min(first, reach) + (count + 1) / 2)
@@ -145,7 +145,7 @@ def _mean(work: Work, attended: Callable[[int], float]) -> float:
 
 def wanted_tokens(plan: Plan) -> float:
     """Tokens per KV head that a chunk recalls: its choices overlap, the more so the more there are."""
-    return float(plan.reading_recall_tokens * choices(plan.chunk) ** OVERLAP)
+    return float(plan.recall_tokens * choices(plan.chunk) ** OVERLAP)
 
 
 def cold_blocks(plan: Plan, work: Work, tokens: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..cache import CacheSettings
 from ..cache.scorers import scorer_names
+from ..cache.settings import OF_FORGETTING
 from ..devices.reporting import Notice
 from ..errors import OptionError
 from ..export.package import Package
@@ -22,7 +23,9 @@ def with_settings_of(
     used: dict[str, object] = {}
     left_out = []
     for key, value in package.manifest.kv.items():
-        beside_policy = (policy == "full" and key in BUDGETS) or (policy in scorer_names() and key == "scorer")
+        forgets = policy in scorer_names()
+        beside_policy = (policy == "full" and key in BUDGETS) or (forgets and key == "scorer")
+        beside_policy |= not forgets and key in OF_FORGETTING
         if key in given:
             continue
         if beside_policy or not rules.knows(key, value) or not _is_valid(key, value, rules.storages):

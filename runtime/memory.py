@@ -9,6 +9,7 @@ from dataclasses import replace
 from .. import kernels
 from ..cache import CacheSettings
 from ..cache.codecs import find_codec
+from ..cache.mergers import NONE, find_merger
 from ..cache.retrievers import find_retriever
 from ..cache.scorers import find_scorer
 from ..devices.planner import ArchiveCost, Costs, WindowCost
@@ -82,6 +83,17 @@ def portable_costs(package: Package, costs: Costs, observed_queries: int) -> Cos
     )
 
 
+def demotion_bytes_per_token(spec: ModelSpec, settings: CacheSettings) -> int:
+    """Working memory of pruning for each token that is held: scoring a layer, then merging in it, a head at a time;
+    and the scores of all layers that a scorer keeps."""
+    scorer = find_scorer(settings.scorer)
+    one_layer = scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size)
+    if settings.merge != NONE:
+        merging = find_merger(settings.merge).merging_bytes_per_token(spec.head_size)
+        one_layer = max(one_layer, merging + 4 * spec.kv_heads)
+    return one_layer + spec.layers * scorer.kept_bytes_per_token(spec.kv_heads)
+
+
 def costs_of(
     package: Package, settings: CacheSettings, *, process_bytes: int, threads: int = 1, windows: Sequence[int] = ()
 ) -> Costs:  # fmt: skip
@@ -98,10 +110,11 @@ def costs_of(
         kv_bytes_per_page=pages * page_bytes(spec.head_size, settings.storage, retention=scorer.needs_retention),
         # twice: what a run that is rolled back must restore
         observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
-        scoring_bytes_per_token=scorer.scoring_bytes_per_token(spec.kv_heads, spec.head_size),
+        scoring_bytes_per_token=demotion_bytes_per_token(spec, settings),
         digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
         archive=archive_costs(package, settings, windows),
         layers=max(layers, 1),
+        kv_heads=spec.kv_heads,
         threads=threads,
         windows=window_costs(spec, windows, settings.storage, retention=scorer.needs_retention),
     )

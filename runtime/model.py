@@ -20,7 +20,7 @@ from ..devices.files.cache_folder import cache_folder, cold_folder
 from ..devices.files.safe_write import make_folder
 from ..devices.flash import default_disk_limit
 from ..devices.machine import cores_usable, default_memory_limit, release_free_memory, resident_memory
-from ..devices.planner import READING_RECALL_TOKENS, Plan, Wishes, make_plan, why
+from ..devices.planner import Plan, Wishes, make_plan, why
 from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
@@ -91,6 +91,11 @@ class Options:
             raise OptionError("policy full keeps every token: leave out kv hot_tokens, or use policy auto")
         if policy == "full" and settings.budget_bytes is not None:
             raise OptionError("policy full keeps every token: leave out kv budget_bytes, or use policy auto")
+        for key, value in settings.of_forgetting.items() if policy not in scorer_names() else ():
+            raise OptionError(
+                f"kv {key}={value} is for a budget that forgets, which policy {policy} has not; leave it out or use a "
+                "scorer's name as the policy"
+            )
         rules.check(kv or (), settings.scorer, disk=disk is not None)
         limit = default_memory_limit() if memory is None else parse_size(memory)
         disk_bytes = None if disk is None else parse_size(disk)
@@ -369,7 +374,6 @@ class Model:
             sinks=settings.sinks,
             window=settings.window,
             recall_tokens=OUTGROWN_RECALL_TOKENS if outgrown else plan.recall_tokens,
-            reading_recall_tokens=READING_RECALL_TOKENS if outgrown else plan.reading_recall_tokens,
             recall_every=settings.recall_every,
             reach=self.context_length,
             warm_bytes=plan.warm_bytes,
@@ -461,7 +465,9 @@ def load(
         policy: ``full`` keeps every token as it is; ``auto`` does, up to some thousand tokens, and then keeps old ones
             encoded, in memory or on disk, and recalls what a question needs; a scorer's name forgets by its scores.
         kv: settings of the cache: ``hot_tokens``, ``chunk``, ``sinks``, ``window``, ``scorer``, ``storage``,
-            ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``.
+            ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``,
+            ``head_budgets`` (``adaptive``: the heads of a layer share a scorer's budget), ``merge`` (``lookm``: what it
+            forgets goes into what stays).
         threads: None: all cores that this process may use.
         device: ``cpu``, ``cuda``, ``dml`` or ``coreml``: all but the first take the portable flavour of the model.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.

@@ -16,7 +16,7 @@ from ..errors import OptionError, SnapshotError, StorageError
 from .engines import ConversationCache, Engine
 
 LEAST_TOKENS = 512  # fewer are read faster than they are looked for
-STATE_VERSION = 2  # of what the numbers in a snapshot mean; another version's are not opened
+STATE_VERSION = 1  # of what the numbers in a snapshot mean; another version's are not opened
 
 
 class DocumentSnapshots:
@@ -125,7 +125,7 @@ def _held(engine: Engine, settings: CacheSettings, plan: Plan, archive: ArchiveO
         outgrown = {"codec": archive.codec, "retriever": archive.retriever} if archive else {}
         return held | {"kind": "full"} | outgrown
     if archive is None:
-        return held | {
+        return held | settings.of_forgetting | {
             "kind": "pruned", "scorer": settings.scorer, "hot_tokens": plan.hot_tokens, "sinks": settings.sinks,
             "window": settings.window, "chunk": plan.chunk,
         }  # fmt: skip

@@ -19,8 +19,10 @@ import satchel
 from satchel import cli, kernels
 from satchel.cache import KVUsage
 from satchel.cache.archive import BLOCK_TOKENS
+from satchel.cache.head_budgets import LEAST_SHARE
 from satchel.cache.retrievers.channels import Channels
 from satchel.cache.scorers import LayerView, find_scorer, scorer_names
+from satchel.cache.scorers.actqkv import PROBES
 from satchel.cache.settings import CacheSettings
 from satchel.devices import machine, roofline
 from satchel.devices.flash import DEFAULT_SHARE
@@ -191,8 +193,12 @@ def test_memory_sums() -> None:
     bf16, fp32 = page_bytes(HEAD_SIZE, "bf16"), page_bytes(HEAD_SIZE, "fp32")
     says(5, f"= {bf16:,} bytes", f"48 × {bf16:,} = {48 * bf16:,}", f"= {fp32:,} bytes")
     observed = {name: find_scorer(name).observed_queries * LAYERS * HEADS * HEAD_SIZE * 4 for name in scorer_names()}
-    says(5, f"= {observed['snapkv']:,} bytes", f"{observed['expected-attention']:,} bytes", "`keydiff` and `recency`")
-    assert observed["keydiff"] == observed["recency"] == 0
+    says(5, f"= {observed['snapkv']:,} bytes", f"{observed['expected-attention']:,} bytes")
+    says(5, "`keydiff`, `knorm` and `recency`")
+    assert observed["keydiff"] == observed["knorm"] == observed["recency"] == 0
+    says(7, f"of the last {find_scorer('actqkv').observed_queries} queries only the {PROBES} that")
+    says(7, "at least a fifth")
+    assert LEAST_SHARE == 1 / 5
     says(5, f"for {model.ANSWER_ROOM:,} tokens of question and answer")
     assert 2 * LAYERS * HEADS * HEAD_SIZE * 2 == 86_016
     assert 86_016 * 32_768 == 2_818_572_288

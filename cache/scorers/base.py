@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -20,8 +20,11 @@ class LayerView:
     ``positions`` int32 [K, T], ascending in each head;
     ``queries`` (before RoPE) float32 [W, H, D] at ``query_positions`` int32 [W], the last ones of the chunk, as many
     as the scorer declares; ``frequencies`` float32 [rotated dimensions / 2], radians per position; ``scale`` of the
-    logits; ``retention`` float32 [K, T]: what the graph's heads said each pair will be worth, the more the better (None
+    logits. ``retention`` float32 [K, T]: what the graph's heads said each pair will be worth, the more the better (None
     when the scorer does not need it).
+
+    For scorers that keep scores: ``kept`` float32 [K, T], what they gave each pair the last time, 0 for new ones; it
+    counts the queries before the position ``scored_until``.
     """
 
     keys: Floats
@@ -31,6 +34,8 @@ class LayerView:
     query_positions: NDArray[np.int32]
     frequencies: Floats
     scale: float
+    kept: Floats = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    scored_until: int = 0
     retention: Floats | None = None
 
 
@@ -45,6 +50,9 @@ class Scorer(ABC):
     """Whether it looks at keys (copying them out costs time)."""
     needs_values: ClassVar[bool] = False
     """Whether it looks at values, too."""
+    keeps_scores: ClassVar[bool] = False
+    """Whether the view must hold what it gave the pairs the last time: the cache then keeps that, in forks and
+    snapshots, too."""
     needs_retention: ClassVar[bool] = False
     """Whether it looks at what the graph's retention heads say; the package must be calibrated for its name then."""
 
@@ -52,7 +60,13 @@ class Scorer(ABC):
     def scoring_bytes_per_token(cls, kv_heads: int, head_size: int) -> int:
         """Working memory for each token of a layer: the copies of the view, and rows of logits as wide as the layer."""
         copies = (1 + cls.needs_values) * kv_heads + 3  # one more head's keys and values on their way, and scaled keys
-        return 4 * (copies * head_size * cls.needs_pairs + 3 * cls.observed_queries + 4 * kv_heads)
+        rows = 4 + 6 * cls.keeps_scores  # of scores; kept ones, and how often each pair was seen
+        return 4 * (copies * head_size * cls.needs_pairs + 3 * cls.observed_queries + rows * kv_heads)
+
+    @classmethod
+    def kept_bytes_per_token(cls, kv_heads: int) -> int:
+        """Memory for each token of every layer, between two prunings: its score and position."""
+        return 8 * kv_heads if cls.keeps_scores else 0
 
     @abstractmethod
     def score(self, view: LayerView) -> Floats:

@@ -12,9 +12,10 @@ class KeyDiff(Scorer):
     paper = "KeyDiff, arXiv 2504.15364"
 
     def score(self, view: LayerView) -> Floats:
-        norms = np.linalg.norm(view.keys, axis=-1, keepdims=True)
-        directions = view.keys / np.maximum(norms, 1e-12)
-        anchor = directions.mean(axis=1, keepdims=True)
-        anchor /= np.maximum(np.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)
-        cosines: Floats = np.einsum("ktd,kod->kt", directions, anchor, optimize=True)
-        return -cosines
+        scores = np.empty(view.positions.shape, dtype=np.float32)
+        for head, keys in enumerate(view.keys):  # one at a time: each step makes a copy
+            directions = keys / np.maximum(np.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+            anchor = directions.mean(axis=0)
+            anchor /= np.maximum(np.linalg.norm(anchor), 1e-12)
+            scores[head] = -(directions @ anchor)
+        return scores

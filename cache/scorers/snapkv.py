@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import Floats, LayerView, Scorer, rotate
+from .attention import attention_sum
+from .base import Floats, LayerView, Scorer
 
 POOL = 5
 
@@ -19,22 +20,10 @@ class SnapKV(Scorer):
     observed_queries = 32
 
     def score(self, view: LayerView) -> Floats:
-        kv_heads, tokens, _ = view.keys.shape
-        queries = rotate(view.queries, view.query_positions, view.frequencies)
-        group = queries.shape[1] // kv_heads
-        scores = np.empty((kv_heads, tokens), dtype=np.float32)
-        for head in range(kv_heads):
-            keys = view.keys[head] * np.float32(view.scale)
-            newest = int(np.searchsorted(view.positions[head], view.query_positions[0], side="right"))
-            unseen = view.positions[head, newest:] > view.query_positions[:, None]
-            mass = np.zeros(tokens, dtype=np.float32)
-            for row in range(head * group, (head + 1) * group):
-                logits = queries[:, row] @ keys.T
-                logits[:, newest:][unseen] = -np.inf
-                logits -= logits.max(axis=1, keepdims=True)
-                weights = np.exp(logits, out=logits)
-                mass += (1 / weights.sum(axis=1)) @ weights
-            scores[head] = pool(mass / np.float32(group * len(queries)))
+        scores = attention_sum(view)
+        group, queries = view.queries.shape[1] // len(scores), len(view.queries)
+        for head in range(len(scores)):
+            scores[head] = pool(scores[head] / np.float32(max(group * queries, 1)))
         return scores
 
 

@@ -52,7 +52,7 @@ def total_tokens_of(snapshot: Snapshot) -> int:
     total = extra.get("total_tokens") if isinstance(extra, dict) else None
     known = snapshot.find(_TOKENS).original_bytes // _TOKEN_BYTES
     if not isinstance(total, int) or isinstance(total, bool) or not 0 < total <= known:
-        raise _unusable(snapshot, f"it says that {str(total)[:20]} of its {known} tokens are in the KV cache")
+        raise unusable(snapshot, f"it says that {str(total)[:20]} of its {known} tokens are in the KV cache")
     return total
 
 
@@ -68,7 +68,7 @@ def restored_native(snapshot: Snapshot, options: dict[str, Any], total_tokens: i
     names = [f"payload-{layer:03}" for layer in range(layers)]
     payloads = {layer: name for layer, name in enumerate(names) if name in snapshot.sections}
     if payloads and list(payloads) != [layer for layer in range(layers) if not windows[layer]]:
-        raise _unusable(snapshot, "it has not the archived pairs of the layers that see everything, and of no others")
+        raise unusable(snapshot, "it has not the archived pairs of the layers that see everything, and of no others")
     try:
         native = kernels.KVCache.restored(
             **options,
@@ -80,11 +80,11 @@ def restored_native(snapshot: Snapshot, options: dict[str, Any], total_tokens: i
             ],
         )
     except ValueError as error:
-        raise _unusable(snapshot, str(error)) from None
+        raise unusable(snapshot, str(error)) from None
     found = {layer: snapshot.find(name).original_bytes for layer, name in payloads.items()}
     if [found.get(layer, 0) for layer in range(layers)] != [native.payload_bytes(layer) for layer in range(layers)]:
         native.close()
-        raise _unusable(snapshot, "its archived pairs have another length than the layers say")
+        raise unusable(snapshot, "its archived pairs have another length than the layers say")
     return native
 
 
@@ -115,7 +115,8 @@ def _checked_layers(snapshot: Snapshot, layers: int, payloads: dict[int, str]) -
         yield blob
 
 
-def _unusable(snapshot: Snapshot, what: str) -> SnapshotError:
+def unusable(snapshot: Snapshot, what: str) -> SnapshotError:
+    """The error for a snapshot whose contents do not fit."""
     return SnapshotError(
         f"the snapshot {snapshot.path} cannot be used: {what}; remove the file, and the document is read again"
     )

@@ -12,7 +12,6 @@ from .plan import (
     ARCHIVE_STEP,
     BLOCK_TOKENS,
     CHUNKS,
-    READING_RECALL_TOKENS,
     ArchiveCost,
     Costs,
     Need,
@@ -25,7 +24,7 @@ from .plan import (
 # Tokens per KV head, least and most; measured in docs/lab-notes.md. Recalled tokens are what quality depends on, and
 # they cost little memory: those on disk are held for one layer at a time.
 SINKS, WINDOW, RECALL = (16, 64), (112, 1024), (768, 4096)
-RUNGS = 16
+RUNGS = 32  # half of them for each
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Split:
     window: int
     hot_tokens: int
     recall_tokens: int
-    reading_recall_tokens: int
     step_tokens: int = ARCHIVE_STEP
 
     @property
@@ -67,7 +65,8 @@ class _Work:
 
 
 def splits(wishes: Wishes) -> list[Split]:
-    """From the roomiest to the tightest: sinks, window and recall shrink together, and the chunk with the window.
+    """From the roomiest to the tightest: first sinks and window shrink, and the chunk with them; then recall, which is
+    what the answers depend on.
 
     A chunk is no longer than the window, which is all that its first token sees in full beside the sinks. Before the
     window shrinks a step, half of its chunk is tried.
@@ -120,19 +119,17 @@ def _least_archived(
 
 
 def _rung(share: float, wishes: Wishes) -> Split:
-    sinks = _between(SINKS, share) if wishes.sinks is None else wishes.sinks
-    window = _between(WINDOW, share) if wishes.window is None else wishes.window
+    hot_share = max(2 * share - 1, 0)
+    sinks = _between(SINKS, hot_share) if wishes.sinks is None else wishes.sinks
+    window = _between(WINDOW, hot_share) if wishes.window is None else wishes.window
     if wishes.hot_tokens is not None:
         window = min(window, max(wishes.hot_tokens - sinks, 1))
     hot = max(sinks + window, wishes.hot_tokens or 0)
     recall = wishes.recall_tokens
     if recall is None:
-        recall = _between(RECALL, share) // BLOCK_TOKENS * BLOCK_TOKENS
-        reading = min(recall, READING_RECALL_TOKENS)
-    else:
-        reading = recall
+        recall = _between(RECALL, min(2 * share, 1)) // BLOCK_TOKENS * BLOCK_TOKENS
     chunk = wishes.chunk or next((size for size in CHUNKS if size <= hot - sinks), CHUNKS[-1])
-    return Split(chunk, sinks, window, hot, recall, reading, wishes.step_tokens)
+    return Split(chunk, sinks, window, hot, recall, wishes.step_tokens)
 
 
 def _between(ends: tuple[int, int], share: float) -> int:
@@ -144,8 +141,9 @@ def _pages(tokens: int, split: Split) -> int:
 
 
 def _recall_bytes(cost: ArchiveCost, costs: Costs, split: Split) -> int:
-    """What is recalled from disk at one moment: each thread for one KV head of one layer, or one token for a layer."""
-    return math.ceil(cost.bytes_per_token / costs.layers * split.recall_tokens * costs.threads)
+    """What is recalled from disk at one moment, of one layer: one KV head on each thread, or all for an answer's token."""
+    heads = max(costs.threads, costs.kv_heads) / costs.kv_heads
+    return math.ceil(cost.bytes_per_token / costs.layers * split.recall_tokens * heads)
 
 
 def _scored(costs: Costs, split: Split) -> Costs:
@@ -210,7 +208,7 @@ def _plan(
         limit_bytes=work.room.limit_bytes, chunk=split.chunk, hot_tokens=split.hot_tokens,
         capacity_tokens=split.capacity_tokens, kv_limit_bytes=costs.kv_bytes(held) + windows, rows=tuple(rows),
         placement=placement, codec=cost.codec, sinks=split.sinks, window=split.window,
-        recall_tokens=split.recall_tokens, reading_recall_tokens=split.reading_recall_tokens,
+        recall_tokens=split.recall_tokens,
         archive_tokens=pages * ARCHIVE_PAGE_TOKENS, warm_bytes=warm,
         cold_bytes=cold, digest_bytes=digests, recall_bytes=recall, fork_bytes=split.fork_bytes(costs),
         windows=costs.windows, window_bytes=windows,

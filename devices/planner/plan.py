@@ -16,9 +16,6 @@ ARCHIVE_PAGE_TOKENS = 256  # consecutive tokens of one KV head that are stored t
 BLOCK_TOKENS = 16  # what has one digest and is recalled whole
 PAGE_TOKENS = 64  # of the hot tier
 
-READING_RECALL_TOKENS = 1024
-"""While a text is read, more recalled tokens have not helped; for questions about it they do (docs/lab-notes.md)."""
-
 WHOLE_TOKENS = 8192
 """Up to so many tokens the whole cache is kept when it fits. Beyond, an archive reads and answers faster every time:
 at 16K tokens twice as fast, and what is lost was measured (docs/lab-notes.md)."""
@@ -84,6 +81,7 @@ class Costs:
     digest_bytes_per_token: float = 0.0  # of what is archived, in RAM wherever its payload lies
     archive: tuple[ArchiveCost, ...] = ()
     layers: int = 1  # that see everything
+    kv_heads: int = 1  # of each
     threads: int = 1
     windows: tuple[WindowCost, ...] = ()
 
@@ -151,8 +149,7 @@ class Plan:
     """How a text of some length is read. ``hot_tokens`` None keeps the whole cache; ``chunk`` tokens go at a time.
 
     With an archive (``codec`` is not None) ``hot_tokens`` is sinks + window + what a scorer keeps beyond these; the
-    rest lies encoded in RAM (``warm_bytes`` at most) and on disk (``cold_bytes``), and ``recall_tokens`` of it (while a
-    text is read, ``reading_recall_tokens``) are
+    rest lies encoded in RAM (``warm_bytes`` at most) and on disk (``cold_bytes``), and ``recall_tokens`` of it are
     attended to at a time. ``archive_tokens`` is what there is room for, digests included.
     """
 
@@ -167,7 +164,6 @@ class Plan:
     sinks: int | None = None  # None: as the settings say
     window: int | None = None
     recall_tokens: int = 0
-    reading_recall_tokens: int = 0
     archive_tokens: int = 0
     warm_bytes: int = 0
     cold_bytes: int = 0

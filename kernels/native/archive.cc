@@ -19,7 +19,7 @@ Archive::Archive(const ArchiveSettings& settings, int layers, int kv_heads, int 
   if (!settings.high.known() || !settings.low.known()) throw std::invalid_argument("Archive: unknown codec");
   if (!settings.retriever.known()) throw std::invalid_argument("Archive: unknown retriever");
   if (settings.sinks % kBlockTokens || settings.recall_tokens % kBlockTokens || settings.sinks < 0 ||
-      settings.recall_tokens < 0 || settings.reading_recall_tokens > settings.recall_tokens || settings.recall_every < 1)
+      settings.recall_tokens < 0 || settings.recall_every < 1)
     throw std::invalid_argument("Archive: sinks and recall_tokens must be multiples of 16");
   if (settings.window < 0 || settings.reach < 0) throw std::invalid_argument("Archive: window and reach must not be negative");
   high_bytes_ = block_bytes(settings.high, head_size);
@@ -367,15 +367,12 @@ void Archive::note_choice(int layer, int kv_head, const std::vector<int32_t>& bl
 
 void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
   Recalled& recalled = head(layer, kv_head).recalled;
-  recalled = chosen;
   const uint64_t share = settings_.held_limit_bytes / (layers_.size() * layers_[0].heads.size());
-  if (chosen.bytes.size() <= share) return;
   size_t kept = 0;  // whole blocks
   for (size_t i = 0; i < chosen.blocks.size(); ++i)
     if (chosen.at[i] >= 0 && chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]) <= share)
       kept = chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]);
-  recalled.bytes.resize(kept);
-  recalled.bytes.shrink_to_fit();
+  recalled = {chosen.blocks, {chosen.bytes.begin(), chosen.bytes.begin() + ptrdiff_t(kept)}, chosen.at};
 }
 
 void Archive::expect(int layer_index) const {

@@ -25,8 +25,7 @@ struct ArchiveSettings {
   Codec high, low;  // of each cell's 4 blocks the one that scored highest is stored as `high`, the others as `low`
   Retriever retriever;
   int sinks = 0;           // a multiple of 16
-  int recall_tokens = 0;   // a multiple of 16; for each KV head, for questions and answers
-  int reading_recall_tokens = -1;  // for the long chunks of a document that is read; -1: as many
+  int recall_tokens = 0;   // a multiple of 16; for each KV head
   int recall_every = 1;    // decode steps from one choice to the next
   int window = 0;          // tokens that come back to the hot tier when later ones are forgotten
   int reach = 0;           // positions that attention may span, the model's trained context; 0: no bound

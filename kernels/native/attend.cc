@@ -186,9 +186,7 @@ void KVCache::choose_blocks(const AttentionSettings& s, int tokens, int splits, 
   const ArchiveSettings& settings = archive_->settings();
   const int KV = shape_.kv_heads, D = shape_.head_size, G = shape_.heads / KV, rows = tokens * G;
   const int first_block = settings.sinks / kBlockTokens, all = archive_->blocks(), place = archive_index_[s.layer];
-  const bool reading = tokens > kLongChunk && settings.reading_recall_tokens >= 0;
-  const int recall_tokens = reading ? settings.reading_recall_tokens : settings.recall_tokens;
-  const int wanted = std::min(recall_tokens / kBlockTokens, all - first_block);
+  const int wanted = std::min(settings.recall_tokens / kBlockTokens, all - first_block);
   archive_->chosen_at(place) = tokens == 1 ? work_.positions.back() : -1;  // a chunk's choices are its own
   if (wanted <= 0) return;
   const std::vector<int32_t> candidates = archive_->available(place, first_block);

@@ -153,7 +153,7 @@ void KVCache::drop_unseen() {
     for (const Head& head : layer.heads)
       if (head.tokens) next = std::max(next, int64_t(position_of(head, head.tokens - 1)) + 1);
     const int64_t unseen = next - kWindowSlack - shape_.window(l);  // up to here
-    int pages = INT_MAX;  // the heads of a layer hold equally many tokens, though a scorer may have chosen which
+    int pages = INT_MAX;  // of every head as many: what a scorer has left of them may differ
     for (const Head& head : layer.heads) {
       int page = 0;
       while ((page + 1) * kPageTokens <= head.tokens && position_of(head, (page + 1) * kPageTokens - 1) <= unseen) ++page;
@@ -318,10 +318,29 @@ void KVCache::retain(int layer, int kv_head, const int32_t* kept, int count) {
   head.committed = head.tokens;
 }
 
-void KVCache::retain_layer(int layer, const int32_t* kept, int count) {
+void KVCache::retain_layer(int layer, const std::vector<Kept>& kept) {
   auto& heads = layers_.at(layer).heads;
-  for (size_t kv = 0; kv < heads.size(); ++kv) prepare_retain(heads[kv], kept + kv * count, count);
-  for (size_t kv = 0; kv < heads.size(); ++kv) retain(layer, int(kv), kept + kv * count, count);
+  if (kept.size() != heads.size()) throw std::invalid_argument("retain: a layer's heads must all be named");
+  for (size_t kv = 0; kv < heads.size(); ++kv) prepare_retain(heads[kv], kept[kv].tokens, kept[kv].count);
+  for (size_t kv = 0; kv < heads.size(); ++kv) retain(layer, int(kv), kept[kv].tokens, kept[kv].count);
+}
+
+void KVCache::overwrite(int layer, int kv_head, const int32_t* tokens, int count, const float* keys,
+                        const float* values) {
+  Head& head = layers_.at(layer).heads.at(kv_head);
+  const int D = shape_.head_size;
+  for (int i = 0; i < count; ++i)
+    if (tokens[i] < 0 || tokens[i] >= head.tokens || (i && tokens[i] <= tokens[i - 1]))
+      throw std::invalid_argument("overwrite: indices must ascend and lie inside the head");
+  for (int i = 0; i < count; ++i) writable(head, tokens[i] / kPageTokens);
+  for (int i = 0; i < count; ++i) {
+    Page& page = *head.pages[tokens[i] / kPageTokens];
+    const int slot = tokens[i] % kPageTokens;
+    for (int d = 0; d < D; ++d) {
+      put(page.keys(), shape_.storage, key_index(slot, d, D), keys[size_t(i) * D + d]);
+      put(page.values(), shape_.storage, size_t(slot) * D + d, values[size_t(i) * D + d]);
+    }
+  }
 }
 
 // --- The archive -----------------------------------------------------------------------------------------------------

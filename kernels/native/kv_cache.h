@@ -74,8 +74,15 @@ class KVCache {
 
   // Keeps the tokens kept[kv_head][0..count) (ascending indices) of a layer and forgets the others.
   void retain(int layer, int kv_head, const int32_t* kept, int count);
-  // The same for all heads of a layer, kept [kv_heads, count]: when memory for copies runs out, no head has changed.
-  void retain_layer(int layer, const int32_t* kept, int count);
+  // The same for all heads of a layer, as many of each as it says: when memory for copies runs out, none has changed.
+  struct Kept {
+    const int32_t* tokens;
+    int count;
+  };
+  void retain_layer(int layer, const std::vector<Kept>& heads);
+  // Gives the tokens (ascending indices) of a head other keys (after RoPE) and values, [count, D]: what was forgotten may
+  // have been merged into them. None changes when memory for copies runs out.
+  void overwrite(int layer, int kv_head, const int32_t* tokens, int count, const float* keys, const float* values);
 
   int tokens(int layer, int kv_head) const;
   void positions(int layer, int kv_head, int32_t* out) const;

@@ -188,12 +188,26 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         cache->retain(layer, kv_head, kept.data(), int(kept.size()));
       }, py::arg("layer"), py::arg("kv_head"), py::arg("kept"))
-      .def("retain_layer", [](CacheHandle& self, int layer, const Array<int32_t>& kept) {
+      .def("retain_layer", [](CacheHandle& self, int layer, const std::vector<Array<int32_t>>& kept) {
         const std::shared_ptr<KVCache> cache = self.shared();
-        expect(kept.ndim() == 2 && kept.shape(0) == cache->shape().kv_heads, "kept must be [kv_heads, tokens]");
+        std::vector<KVCache::Kept> heads;
+        for (const auto& tokens : kept) {
+          expect(tokens.ndim() == 1, "kept must be the tokens of each KV head");
+          heads.push_back({tokens.data(), int(tokens.size())});
+        }
         py::gil_scoped_release release;
-        cache->retain_layer(layer, kept.data(), int(kept.shape(1)));
+        cache->retain_layer(layer, heads);
       }, py::arg("layer"), py::arg("kept"), "Keeps tokens kept[kv_head] of every head of a layer; all heads or none.")
+      .def("overwrite", [](CacheHandle& self, int layer, int kv_head, const Array<int32_t>& tokens,
+                           const Array<float>& keys, const Array<float>& values) {
+        const std::shared_ptr<KVCache> cache = self.shared();
+        for (const auto* pairs : {&keys, &values})
+          expect(pairs->ndim() == 2 && pairs->shape(0) == tokens.size() && pairs->shape(1) == cache->shape().head_size,
+                 "keys and values must be [tokens, head_size]");
+        py::gil_scoped_release release;
+        cache->overwrite(layer, kv_head, tokens.data(), int(tokens.size()), keys.data(), values.data());
+      }, py::arg("layer"), py::arg("kv_head"), py::arg("tokens"), py::arg("keys"), py::arg("values"),
+         "Gives tokens of a head other keys (after RoPE) and values [tokens, D].")
       .def("positions", [](const CacheHandle& self, int layer, int kv_head) {
         const KVCache& cache = self.get();
         py::array_t<int32_t> positions(cache.tokens(layer, kv_head));

@@ -70,7 +70,6 @@ inline std::shared_ptr<const ArchiveSettings> archive_settings(const py::dict& d
     else if (name == "channels") s->retriever.channels = value.cast<int>();
     else if (name == "sinks") s->sinks = value.cast<int>();
     else if (name == "recall_tokens") s->recall_tokens = value.cast<int>();
-    else if (name == "reading_recall_tokens") s->reading_recall_tokens = value.cast<int>();
     else if (name == "recall_every") s->recall_every = value.cast<int>();
     else if (name == "window") s->window = value.cast<int>();
     else if (name == "reach") s->reach = value.cast<int>();

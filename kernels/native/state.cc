@@ -15,7 +15,9 @@ namespace satchel {
 
 namespace {
 
-constexpr uint32_t kVersion = 3;  // 2: codes of four bits in digests of channels; 3: retention
+constexpr uint32_t kVersion = 2;           // 2: codes of four bits in digests of channels
+constexpr uint32_t kRaggedVersion = 3;     // the heads of the layer hold different numbers of tokens; no archive
+constexpr uint32_t kRetentionVersions = 2;  // more than these two, in caches with retention scores
 
 [[noreturn]] void damaged(const std::string& what) {
   throw std::invalid_argument("a saved KV cache does not fit or is damaged: " + what);
@@ -138,22 +140,25 @@ void CacheState::save_layer(const KVCache& cache, int layer, uint8_t* out) {
 void CacheState::write_layer(const KVCache& cache, int layer_index, Writer& w) {
   const CacheShape& s = cache.shape_;
   const KVCache::Layer& layer = cache.layers_.at(layer_index);
+  int most = 0;
+  bool ragged = false;
   for (const KVCache::Head& head : layer.heads) {
     if (head.tokens != head.committed || layer.observing)
       throw std::invalid_argument("commit or roll back the last run before the KV cache is saved");
-    if (head.tokens != layer.heads[0].tokens)
-      throw std::invalid_argument("the heads of a layer that is saved must hold equally many tokens");
+    ragged |= head.tokens != layer.heads[0].tokens;
+    most = std::max(most, head.tokens);
   }
   const int index = cache.archive_index_[layer_index];
+  if (ragged && index >= 0)
+    throw std::invalid_argument("the heads of a layer that is saved must hold equally many tokens");
   const Archive* archive = index >= 0 ? cache.archive_.get() : nullptr;
   const Archive::Layer* archived = archive ? &archive->layers_[index] : nullptr;
   const bool chosen = archived && archived->chosen_at >= 0;
-  w.number(kVersion);
-  for (int number : {s.heads, s.kv_heads, s.head_size, int(s.storage), layer.heads[0].tokens,
+  w.number((ragged ? kRaggedVersion : kVersion) + (s.retention ? kRetentionVersions : 0));
+  for (int number : {s.heads, s.kv_heads, s.head_size, int(s.storage), most,
                      int(layer.observed_positions.size()), int(layer.frequencies.size())})
     w.number(uint32_t(number));
   w.put(&layer.attention_factor, sizeof(float));
-  w.number(s.retention ? 1 : 0);
   w.number(archive ? 1 : 0);
   if (archive) {
     const ArchiveNumbers settings = numbers_of(archive->settings_);
@@ -162,6 +167,8 @@ void CacheState::write_layer(const KVCache& cache, int layer_index, Writer& w) {
     w.number(archived->heads[0].statistics ? 1 : 0);
     w.number(chosen ? uint32_t(archived->chosen_at) : UINT32_MAX);
   }
+  if (ragged)
+    for (const KVCache::Head& head : layer.heads) w.number(uint32_t(head.tokens));
   w.array(layer.frequencies);
   w.array(layer.observed_positions);
   w.array(layer.observed);
@@ -242,7 +249,8 @@ void CacheState::read_payload(const KVCache& cache, int layer, int kv_head, int 
 // --- Restoring -------------------------------------------------------------------------------------------------------
 
 struct CacheState::Counts {
-  int tokens, observed, half, chosen_at;
+  std::vector<int> tokens;  // of each KV head
+  int observed, half, chosen_at;
   float attention_factor;
   bool calibrated;
 };
@@ -254,7 +262,11 @@ CacheState::CacheState(const CacheShape& shape, int tokens, std::shared_ptr<Flas
 
 CacheState::Counts CacheState::read_counts(Reader& r) {
   const CacheShape& s = cache_->shape_;
-  if (r.number() != kVersion) damaged("another version wrote it");
+  uint32_t version = r.number();
+  if (version < kVersion || version > kRaggedVersion + kRetentionVersions) damaged("another version wrote it");
+  if (s.retention != (version > kRaggedVersion))
+    damaged("it has retention scores where none are kept, or the reverse");
+  if (s.retention) version -= kRetentionVersions;
   for (int expected : {s.heads, s.kv_heads, s.head_size, int(s.storage)})
     if (r.number() != uint32_t(expected)) damaged("it is of another model or storage");
   Counts c{};
@@ -262,15 +274,15 @@ CacheState::Counts CacheState::read_counts(Reader& r) {
   if (tokens > uint32_t(tokens_)) damaged("more hot tokens than the conversation has");
   if (observed > uint32_t(std::max(s.observed_queries, 0))) damaged("more observed queries than are kept");
   if (half > uint32_t(s.head_size / 2)) damaged("more frequencies than a head has");
-  c.tokens = int(tokens);
+  c.tokens.assign(s.kv_heads, int(tokens));
   c.observed = int(observed);
   c.half = int(half);
   c.attention_factor = r.finite(1, "attention factors")[0];
   c.chosen_at = -1;
-  if (r.number() != (s.retention ? 1u : 0u)) damaged("it has retention scores where none are kept, or the reverse");
   const uint32_t archives = r.number();
   const int index = cache_->archive_index_[next_layer_];
   if (archives != (index >= 0 ? 1u : 0u)) damaged("it has an archive where none is set, or the reverse");
+  if (version == kRaggedVersion) read_head_tokens(r, index >= 0, c.tokens);
   if (!archives) return c;
   const ArchiveNumbers expected = numbers_of(cache_->archive_->settings_);
   if (std::memcmp(r.take(sizeof expected), &expected, sizeof expected)) damaged("its archive has other settings");
@@ -284,6 +296,21 @@ CacheState::Counts CacheState::read_counts(Reader& r) {
   c.calibrated = calibrated;
   c.chosen_at = int32_t(chosen_at);
   return c;
+}
+
+// The tokens [kv_heads] of heads that differ; `tokens` comes with the most of them.
+void CacheState::read_head_tokens(Reader& r, bool archived, std::vector<int>& tokens) {
+  const uint32_t most = uint32_t(tokens[0]);
+  uint32_t found = 0;
+  bool differ = false;
+  for (int& count : tokens) {
+    const uint32_t number = r.number();
+    if (number > most) damaged("a head holds more tokens than the layer");
+    found = std::max(found, number);
+    count = int(number);
+    differ |= count != tokens[0];
+  }
+  if (archived || !differ || found != most) damaged("its heads' tokens are not as they are written");
 }
 
 void CacheState::restore_layer(const uint8_t* blob, size_t bytes, uint64_t payload_offset) {
@@ -320,11 +347,12 @@ void CacheState::read_pages(KVCache::Layer& layer, int kv_head, const Counts& c,
   const CacheShape& s = cache_->shape_;
   KVCache::Head& head = layer.heads[kv_head];
   const size_t side = side_bytes(s);
-  const std::vector<int32_t> positions = r.ascending(uint64_t(c.tokens), 0, tokens_, "positions");
+  const int all = c.tokens[kv_head];
+  const std::vector<int32_t> positions = r.ascending(uint64_t(all), 0, tokens_, "positions");
   if (cache_->archive_) expect_recent(positions);
-  if (s.window(next_layer_)) layer.trimmed_until = std::max(layer.trimmed_until, c.tokens ? positions[0] : tokens_);
-  for (int at = 0; at < c.tokens; at += kPageTokens) {
-    const int tokens = std::min(kPageTokens, c.tokens - at);
+  if (s.window(next_layer_)) layer.trimmed_until = std::max(layer.trimmed_until, all ? positions[0] : tokens_);
+  for (int at = 0; at < all; at += kPageTokens) {
+    const int tokens = std::min(kPageTokens, all - at);
     const uint8_t* from = r.take(2 * side);
     auto page = std::make_shared<Page>(cache_->pool_, s.head_size, s.storage);
     std::memcpy(page->keys(), from, side);
@@ -334,10 +362,10 @@ void CacheState::read_pages(KVCache::Layer& layer, int kv_head, const Counts& c,
     head.pages.push_back(std::move(page));
   }
   if (s.retention) {
-    const std::vector<float> scores = r.finite(uint64_t(c.tokens), "retention scores");
-    for (int t = 0; t < c.tokens; ++t) head.pages[t / kPageTokens]->retention()[t % kPageTokens] = scores[t];
+    const std::vector<float> scores = r.finite(uint64_t(all), "retention scores");
+    for (int t = 0; t < all; ++t) head.pages[t / kPageTokens]->retention()[t % kPageTokens] = scores[t];
   }
-  head.tokens = head.committed = c.tokens;
+  head.tokens = head.committed = all;
 }
 
 void CacheState::read_statistics(Archive::Head& h, Reader& r) {

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kv_cache.h"
 
@@ -37,6 +38,7 @@ class CacheState {
   static void write_pages(const KVCache&, const KVCache::Head&, Writer&);
   static void write_head(const Archive&, const Archive::Head&, bool chosen, Writer&);
   Counts read_counts(Reader&);
+  static void read_head_tokens(Reader&, bool archived, std::vector<int>& tokens);
   void expect_recent(const std::vector<int32_t>& positions) const;
   void read_pages(KVCache::Layer&, int kv_head, const Counts&, Reader&);
   void read_statistics(Archive::Head&, Reader&);

@@ -51,6 +51,11 @@ class PortableEngine(Engine):
                 f"scorer {settings.scorer!r} is not available in the portable flavour; choose one of "
                 f"{', '.join(graphs.SCORERS)}, or use the native flavour"
             )
+        for key, value in settings.of_forgetting.items():
+            raise OptionError(
+                f"kv {key}={value} is not available in the portable flavour, whose heads keep equally many tokens and "
+                "forget the others; leave it out or use the native flavour"
+            )
         self.package = package
         self.spec = package.spec
         self.settings = settings

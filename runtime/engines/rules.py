@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...cache.scorers import scorer_names
-from ...cache.settings import GGML_STORAGES, STORAGES
+from ...cache.settings import GGML_STORAGES, OF_FORGETTING, STORAGES
 from ...errors import OptionError
 
 NATIVE, LLAMA_CPP = "native", "llama.cpp"
+_WHY = {
+    "head_budgets": "which evicts a token of all KV heads together",
+    "merge": "which evicts whole tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class EngineRules:
         for key in keys:
             if key in self.unknown_kv:
                 raise OptionError(
-                    f"kv {key} is not for --engine {self.name}, which keeps no archive to recall from; leave it out or "
-                    f"use --engine {NATIVE}"
+                    f"kv {key} is not for --engine {self.name}, "
+                    f"{_WHY.get(key, 'which keeps no archive to recall from')}; leave it out or use --engine {NATIVE}"
                 )
         if scorer not in self.scorers:
             raise OptionError(
@@ -58,7 +62,7 @@ ENGINES = {
         GGML_STORAGES,
         ("recency", "keydiff", "snapkv"),
         default_scorer="recency",  # costs nothing; the others watch every run
-        unknown_kv=frozenset({"codec", "retriever", "recall_tokens", "recall_every"}),
+        unknown_kv=frozenset({"codec", "retriever", "recall_tokens", "recall_every", *OF_FORGETTING}),
         uses_disk=False,
         linked=True,
     ),

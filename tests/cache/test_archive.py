@@ -172,14 +172,13 @@ def test_beyond_reach_nothing_but_the_window_is_hot() -> None:
 def test_settings_reach_the_native_side(tmp_path: Path) -> None:
     options = ArchiveOptions(
         codec="kvquant3", retriever="channels", sinks=17, window=99, recall_tokens=50, recall_every=3, reach=1000,
-        warm_bytes=5, cold_folder=str(tmp_path), cold_bytes=7, held_bytes=11, reading_recall_tokens=15,
+        warm_bytes=5, cold_folder=str(tmp_path), cold_bytes=7, held_bytes=11,
     )  # fmt: skip
     form = find_codec("kvquant3").low(64)
     numbers = (3, 3, True, form.outliers, False)
     assert options.native(64) == {
         "high": numbers, "low": numbers, "digest": 3,
         "channels": options.native(64)["channels"], "sinks": 32, "recall_tokens": 64, "recall_every": 3, "window": 99,
-        "reading_recall_tokens": 16,
         "reach": 1000, "held_limit_bytes": 11, "warm_limit_bytes": 5, "cold_folder": str(tmp_path),
         "cold_limit_bytes": 7,
     }  # fmt: skip

@@ -21,8 +21,12 @@ SINKS, WINDOW = 3, 5
 
 
 @contextmanager
-def opened(scorer: str = "snapkv", hot_tokens: int | None = None, **options: Any) -> Iterator[KVCache]:
-    settings = CacheSettings(sinks=SINKS, window=WINDOW, scorer=scorer, storage="fp32")
+def opened(
+    scorer: str = "snapkv", hot_tokens: int | None = None, head_budgets: str = "uniform", **options: Any
+) -> Iterator[KVCache]:  # fmt: skip
+    settings = CacheSettings(
+        sinks=SINKS, window=WINDOW, scorer=scorer, storage="fp32", head_budgets=head_budgets
+    )  # fmt: skip
     cache = KVCache(SHAPE, settings, hot_tokens=hot_tokens, **options)
     yield cache
     cache.close()
@@ -32,13 +36,14 @@ def native(cache: KVCache) -> kernels.KVCache:
     return cache._native
 
 
-def read(cache: KVCache, tokens: int, seed: int = 0) -> Array:
-    """One graph run's worth of attention: [layers, tokens, H, D]."""
+def read(cache: KVCache, tokens: int, seed: int = 0, keys: tuple[float, float] = (1, 1)) -> Array:
+    """One graph run's worth of attention: [layers, tokens, H, D]. ``keys``: how long those of each KV head are."""
     rng = np.random.default_rng(seed + cache.total_tokens)
     places = np.arange(cache.total_tokens, cache.total_tokens + tokens)
     outs = []
     for layer in range(SHAPE.layers):
         q, k, v = (rng.normal(size=(tokens, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+        k *= np.array(keys, np.float32)[:, None]
         scores = k[..., 0].copy()
         outs.append(
             native(cache).attend(layer, q, k, v, places, FREQUENCIES[layer], scale=SHAPE.scale, retention=scores)
@@ -200,3 +205,162 @@ def test_a_cache_that_starts_whole_can_be_given_a_budget_later() -> None:
             cache.hot_tokens = 30
             cache.demote()
             assert cache.held_tokens() == 30
+
+
+# --- Scores that are kept
+
+
+KEEPING = [name for name in scorer_names() if find_scorer(name).keeps_scores]
+
+
+@pytest.mark.parametrize("scorer", KEEPING)
+def test_kept_scores_stay_with_their_pairs(scorer: str) -> None:
+    with opened(scorer, hot_tokens=40) as cache:
+        read(cache, 100)
+        before = cache._view(1)
+        assert not before.kept.any()
+        assert before.scored_until == 0
+        scores = find_scorer(scorer).score(before)
+        cache.demote()
+        read(cache, 30)
+        view = cache._view(1)
+        assert view.scored_until == 100
+        for head in range(SHAPE.kv_heads):
+            kept = positions(cache, 1, head)[:40]
+            np.testing.assert_array_equal(view.kept[head, :40], scores[head, kept])
+        assert not view.kept[:, 40:].any()
+        mass = view.kept.copy()
+        cache.demote()
+        assert (cache._view(1).kept[:, : SINKS + 1] > mass[:, : SINKS + 1]).all()
+        assert cache._ranking.saved_bytes() == 2 * 2 * (8 + 40 * 8)  # nothing is kept of pairs that are gone
+
+
+@pytest.mark.parametrize("scorer", KEEPING)
+def test_kept_scores_of_forks_go_apart(scorer: str) -> None:
+    with opened(scorer, hot_tokens=40) as cache:
+        read(cache, 100)
+        cache.demote()
+        mine = cache._view(0)
+        branch = cache.fork()
+        np.testing.assert_array_equal(branch._view(0).kept, mine.kept)
+        read(branch, 50, seed=9)
+        branch.demote()
+        np.testing.assert_array_equal(cache._view(0).kept, mine.kept)
+        assert (branch._view(0).scored_until, cache._view(0).scored_until) == (150, 100)
+        branch.close()
+
+
+@pytest.mark.parametrize("scorer", KEEPING)
+def test_kept_scores_of_what_is_unread_are_forgotten(scorer: str) -> None:
+    """A cancelled question's tokens are read again as others at the same positions."""
+    with opened(scorer, hot_tokens=60) as cache:
+        read(cache, 100)
+        cache.demote()
+        cache.forget_from(97)
+        view = cache._view(0)
+        assert view.scored_until == 97
+        assert (view.kept > 0).all()
+        read(cache, 5, seed=3)
+        assert not cache._view(0).kept[:, -5:].any()
+
+
+def test_a_heavy_hitter_of_old_chunks_outlives_a_new_one() -> None:
+    """What the first chunk looks at is looked at no more: snapkv drops it, H2O does not."""
+    ones = np.ones(16, np.float32)
+    found = {}
+    for scorer in ("h2o", "snapkv"):
+        with opened(scorer, hot_tokens=20) as cache:
+            for chunk in range(3):
+                rng = np.random.default_rng(chunk)
+                q, k, v = (rng.normal(scale=0.1, size=(80, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+                q += 2 * ones if chunk == 0 else -2 * ones
+                k[10 + chunk] += 2 * ones if chunk == 0 else -0.2 * ones
+                for layer in range(SHAPE.layers):
+                    native(cache).attend(layer, q, k, v, np.arange(80 * chunk, 80 * chunk + 80),
+                                         np.empty(0, np.float32), scale=SHAPE.scale)  # fmt: skip
+                cache.commit(80)
+                cache.demote()
+            found[scorer] = 10 in positions(cache, 0, 0)
+    assert found == {"h2o": True, "snapkv": False}
+
+
+# --- Budgets of heads
+
+
+def pages_of(cache: KVCache, layer: int) -> int:
+    return sum(-(-native(cache).tokens(layer, head) // kernels.PAGE_TOKENS) for head in range(SHAPE.kv_heads))
+
+
+@pytest.mark.parametrize(("hot_tokens", "chunk"), [(300, 64), (320, 128), (257, 100), (130, 7), (60, 64)])
+@pytest.mark.parametrize("scorer", scorer_names())
+def test_adaptive_budgets_never_take_more_pages(scorer: str, hot_tokens: int, chunk: int) -> None:
+    with (
+        opened(scorer, hot_tokens=hot_tokens, head_budgets="adaptive") as adaptive,
+        opened(scorer, hot_tokens=hot_tokens) as uniform,
+    ):
+        for step in range(6):
+            for cache in (adaptive, uniform):
+                read(cache, 150 if step == 0 else chunk, keys=(0.1, 3))
+            for _ in range(2):
+                assert adaptive.held_tokens() == uniform.held_tokens()
+                assert adaptive.usage().hot_bytes <= uniform.usage().hot_bytes
+                for layer in range(SHAPE.layers):
+                    assert pages_of(adaptive, layer) <= pages_of(uniform, layer)
+                adaptive.demote()
+                uniform.demote()
+        for layer in range(SHAPE.layers):
+            for head in range(SHAPE.kv_heads):
+                kept = positions(adaptive, layer, head)
+                assert len(kept) >= min(0.2 * hot_tokens, len(kept) + 1)
+                assert kept[:SINKS] == list(range(SINKS))
+                assert kept[-WINDOW:] == list(range(adaptive.total_tokens - WINDOW, adaptive.total_tokens))
+                assert kept == sorted(set(kept))
+
+
+def test_the_head_that_looks_everywhere_gets_more() -> None:
+    """AdaKV's rule: keys of length 0 share attention evenly, so that more pairs are needed for as much of it."""
+    with opened("snapkv", hot_tokens=320, head_budgets="adaptive", limit_bytes=0) as cache:
+        read(cache, 700, keys=(0.01, 4))
+        cache.demote()
+        for layer in range(SHAPE.layers):
+            even, sharp = (native(cache).tokens(layer, head) for head in range(2))
+            assert even + sharp == 640
+            assert even > 320 > sharp >= 64
+            assert (even - 320) % kernels.PAGE_TOKENS == 0
+        branch = cache.fork()
+        np.testing.assert_array_equal(read(branch, 40, seed=4), read(cache, 40, seed=4))
+        branch.demote()
+        assert (branch.held_tokens(), cache.held_tokens()) == (320, 360)
+        cache.demote()
+        for layer in range(SHAPE.layers):
+            for head in range(SHAPE.kv_heads):
+                assert positions(branch, layer, head) == positions(cache, layer, head)
+        branch.close()
+
+
+def test_adaptive_budgets_keep_to_the_limit_in_bytes() -> None:
+    """The limit is exactly what the uniform plan takes at its fullest: the pages of budget and chunk."""
+    probe = kernels.KVCache(layers=2, heads=4, kv_heads=2, head_size=16, storage="fp32")
+    limit = 2 * 2 * -(-(300 + 100) // kernels.PAGE_TOKENS) * probe.page_bytes
+    with opened("snapkv", hot_tokens=300, head_budgets="adaptive", limit_bytes=limit) as cache:
+        read(cache, 400, keys=(0.01, 4))
+        for chunk in range(12):
+            cache.demote()
+            read(cache, 100, keys=(0.01, 4) if chunk // 4 % 2 else (4, 0.01))  # now the one, now the other
+            assert native(cache).pool_bytes <= limit
+
+
+def test_budgets_after_a_cancelled_question() -> None:
+    """Heads are cut back by different numbers; the next pruning puts the pages right."""
+    with opened("snapkv", hot_tokens=200, head_budgets="adaptive") as cache:
+        read(cache, 300, keys=(0.01, 4))
+        cache.demote()
+        read(cache, 100, keys=(4, 0.01))
+        cache.demote()
+        cache.forget_from(300)
+        assert len({native(cache).tokens(0, head) for head in range(2)}) == 2
+        read(cache, 150)
+        cache.demote()
+        assert cache.held_tokens() <= 200
+        for layer in range(SHAPE.layers):
+            assert pages_of(cache, layer) <= 2 * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from satchel.cache.scorers import LayerView, find_scorer, scorer_names
+from satchel.cache.scorers.actqkv import PROBES, activation_bias
+from satchel.cache.scorers.attention import attention_sum, seen_by
 from satchel.cache.scorers.base import rotate
+from satchel.cache.scorers.keyformer import gumbel_noise, temperature
 from satchel.cache.scorers.snapkv import pool
 from satchel.kernels import reference
 
@@ -31,6 +35,7 @@ def make_view(seed: int = 0, queries: int = QUERIES) -> LayerView:
         query_positions=places[len(places) - queries :],
         frequencies=FREQUENCIES,
         scale=SIZE**-0.5,
+        kept=np.zeros((KV_HEADS, TOKENS), np.float32),
         retention=rng.normal(size=(KV_HEADS, TOKENS)).astype(np.float32),
     )
 
@@ -71,6 +76,26 @@ def plant_key_of_the_mean_query(view: LayerView) -> None:
     view.keys[:, PLANTED] = 3 * rotate(mean, np.array([ahead], np.int32), FREQUENCIES)[0, 0]
 
 
+def plant_a_heavy_hitter(view: LayerView) -> None:
+    """Pairs of another token please the last queries; the planted one has pleased all queries before."""
+    plant_key_of_the_last_queries(view)
+    view.keys[:, [PLANTED, 120]] = view.keys[:, [120, PLANTED]]
+    view.kept[:, PLANTED] = 3e4  # of which no count of queries at this place gives as many
+    object.__setattr__(view, "scored_until", int(view.query_positions[0]))
+
+
+def plant_a_key_of_outstanding_queries(view: LayerView) -> None:
+    """Most queries are alike and look at token 120; one in the middle is unlike them and looks elsewhere."""
+    back = rotate(np.full((len(view.queries), HEADS, SIZE), 2.0, np.float32), -view.query_positions, FREQUENCIES)
+    view.queries[:] = 0.01 * view.queries + 0.5 * back.mean(axis=0)
+    view.queries[len(view.queries) // 2] = -back[len(view.queries) // 2]
+    view.keys[:, PLANTED] = -2.0
+
+
+def plant_a_short_key(view: LayerView) -> None:
+    view.keys[:, PLANTED] *= 0.1
+
+
 def plant_foretold_pair(view: LayerView) -> None:
     assert view.retention is not None
     view.retention[:, PLANTED] = 9.0
@@ -86,6 +111,11 @@ ROWS: dict[str, Row] = {
     "keydiff": Row(plant_outlier_key, PLANTED),
     "snapkv": Row(plant_key_of_the_last_queries, PLANTED),
     "expected-attention": Row(plant_key_of_the_mean_query, PLANTED),
+    "h2o": Row(plant_a_heavy_hitter, PLANTED),
+    "keyformer": Row(plant_a_heavy_hitter, PLANTED),
+    "finch": Row(plant_key_of_the_last_queries, PLANTED),
+    "actqkv": Row(plant_a_key_of_outstanding_queries, PLANTED),
+    "knorm": Row(plant_a_short_key, PLANTED),
     "kvzap": Row(plant_foretold_pair, PLANTED),
 }
 
@@ -121,7 +151,9 @@ def test_ranking(name: str) -> None:
 def test_the_view_stays_as_it_was(name: str) -> None:
     view, again = make_view(), make_view()
     find_scorer(name).score(view)
-    for field in ("keys", "values", "positions", "queries", "query_positions", "frequencies", "retention"):
+    for field in (
+        "keys", "values", "positions", "queries", "query_positions", "frequencies", "kept", "retention",
+    ):  # fmt: skip
         np.testing.assert_array_equal(getattr(view, field), getattr(again, field))
 
 
@@ -150,10 +182,8 @@ def test_few_tokens(name: str, tokens: int) -> None:
     view = make_view(queries=1)
     last = slice(TOKENS - tokens, TOKENS)
     assert view.retention is not None
-    few = replace(
-        view, keys=view.keys[:, last], values=view.values[:, last], positions=view.positions[:, last],
-        retention=view.retention[:, last],
-    )  # fmt: skip
+    few = replace(view, keys=view.keys[:, last], values=view.values[:, last], positions=view.positions[:, last],
+                  kept=view.kept[:, last], retention=view.retention[:, last])  # fmt: skip
     scores = find_scorer(name).score(few)
     assert scores.shape == (KV_HEADS, tokens)
     assert np.isfinite(scores).all()
@@ -186,6 +216,169 @@ def test_snapkv_is_the_mean_attention_of_the_last_queries() -> None:
         mean = weights[:, 2 * head : 2 * head + 2].mean(axis=(0, 1))
         smooth = [mean[max(i - 2, 0) : i + 3].mean() for i in range(TOKENS)]
         np.testing.assert_allclose(got[head], smooth, rtol=1e-4, atol=1e-8)
+
+
+def best(name: str, view: LayerView, among: slice = slice(20, 180)) -> list[int]:
+    """Which token each KV head would keep first."""
+    return [int(index) + among.start for index in find_scorer(name).score(view)[:, among].argmax(axis=1)]
+
+
+def attention(view: LayerView, row_temperature: float = 1.0, bias: Array | None = None) -> Array:
+    """The attention weights [H, W, T] in float64, written out."""
+    queries = reference.apply_rope(view.queries, view.query_positions, FREQUENCIES).astype(np.float64)
+    weights = np.zeros((HEADS, len(queries), TOKENS))
+    for head in range(HEADS):
+        kv_head = head * KV_HEADS // HEADS
+        logits = queries[:, head] @ view.keys[kv_head].T.astype(np.float64) * view.scale
+        logits = (logits + (0 if bias is None else bias[kv_head])) / row_temperature
+        logits[view.positions[kv_head] > view.query_positions[:, None]] = -np.inf
+        weights[head] = np.exp(logits - logits.max(axis=1, keepdims=True))
+        weights[head] /= weights[head].sum(axis=1, keepdims=True)
+    return weights
+
+
+def test_the_attention_that_is_summed() -> None:
+    view, rng = make_view(), np.random.default_rng(5)
+    weights, bias = rng.random((KV_HEADS, QUERIES)), rng.normal(size=(KV_HEADS, TOKENS))
+    got = attention_sum(view, weights=weights.astype(np.float32), bias=bias.astype(np.float32), temperature=1.5)
+    expected = attention(view, 1.5, bias).reshape(KV_HEADS, 2, QUERIES, TOKENS)
+    np.testing.assert_allclose(got, np.einsum("kgwt,kw->kt", expected, weights), rtol=1e-4, atol=1e-7)
+    none = replace(view, queries=view.queries[:0], query_positions=view.query_positions[:0])
+    assert not attention_sum(none).any()
+    sees = (view.positions[:, None] <= view.query_positions[None, :, None]).sum(axis=1)
+    np.testing.assert_array_equal(seen_by(view), sees)
+
+
+@pytest.mark.parametrize("name", ["h2o", "keyformer"])
+def test_mass_grows_by_each_query_that_could_see_a_pair(name: str) -> None:
+    """The last three queries are new; 20 tokens were read since the scores were given."""
+    view = make_view()
+    until = int(view.query_positions[-1]) + 1
+    since = int(view.query_positions[-3])
+    view.kept[:] = np.random.default_rng(1).random(view.kept.shape)
+    noise = gumbel_noise(view.positions) if name == "keyformer" else None
+    heat = temperature(view) if name == "keyformer" else 1.0
+    got = find_scorer(name).score(replace(view, scored_until=since))
+    new = attention(view, heat, noise)[:, -3:].reshape(KV_HEADS, 2, 3, TOKENS).sum(axis=1)
+    for head in range(KV_HEADS):
+        for token in (0, 50, TOKENS - 2, TOKENS - 1):
+            place = int(view.positions[head, token])
+            mean = new[head, :, token].sum() / (view.query_positions[-3:] >= place).sum()
+            expected = view.kept[head, token] + mean * (until - max(place, since))
+            np.testing.assert_allclose(got[head, token], expected, rtol=1e-4)
+
+
+def test_no_query_counts_twice() -> None:
+    view = make_view()
+    first = find_scorer("h2o").score(view)
+    again = find_scorer("h2o").score(replace(view, kept=first, scored_until=int(view.query_positions[-1]) + 1))
+    np.testing.assert_array_equal(again, first)
+
+
+def test_h2o_remembers_what_snapkv_has_forgotten() -> None:
+    view = make_view()
+    plant_a_heavy_hitter(view)
+    assert best("h2o", view) == [PLANTED, PLANTED]
+    assert all(abs(index - 120) <= 2 for index in best("snapkv", view))
+
+
+def test_keyformer_gives_noise_and_warmth() -> None:
+    view = make_view()
+    assert temperature(view) == pytest.approx(2 - TOKENS / (int(view.query_positions[-1]) + 1))
+    dense = replace(view, positions=np.tile(np.arange(TOKENS, dtype=np.int32), (KV_HEADS, 1)),
+                    query_positions=np.arange(TOKENS - QUERIES, TOKENS, dtype=np.int32))  # fmt: skip
+    assert temperature(dense) == 1.0
+    noise = gumbel_noise(np.arange(100_000, dtype=np.int32))
+    assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
+    assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.03)
+    assert abs(np.corrcoef(noise[1:], noise[:-1])[0, 1]) < 0.02
+    np.testing.assert_array_equal(gumbel_noise(np.array([7, 99_999], np.int32)), noise[[7, 99_999]])
+    # Keys alike: H2O sees no difference where all see them, noise decides; the same each time.
+    dense.keys[:] = 1.0
+    h2o, keyformer = (find_scorer(name).score(dense)[:, :100] for name in ("h2o", "keyformer"))
+    np.testing.assert_allclose(h2o, h2o[:, :1] * np.arange(TOKENS, TOKENS - 100, -1) / TOKENS, rtol=1e-4)
+    assert keyformer[0].argmax() == (gumbel_noise(np.arange(100, dtype=np.int32)) * 1.0).argmax()
+    np.testing.assert_array_equal(find_scorer("keyformer").score(dense)[:, :100], keyformer)
+
+
+def test_finch_frees_attention_of_how_many_keys_a_query_sees() -> None:
+    """Where keys are all alike, each pair has its fair share: 1, wherever it stands. snapkv prefers early ones."""
+    view = make_view()
+    view.keys[:] = 1.0
+    np.testing.assert_allclose(find_scorer("finch").score(view), 1.0, rtol=1e-4)
+    last = find_scorer("snapkv").score(view)[:, -1]
+    assert (last < 0.5 * find_scorer("snapkv").score(view)[:, 0]).all()
+
+
+def test_finch_is_not_smoothed() -> None:
+    view = make_view()
+    plant_key_of_the_last_queries(view)
+    finch, snapkv = (find_scorer(name).score(view) for name in ("finch", "snapkv"))
+    assert (finch[:, PLANTED + 1] < 0.1 * finch[:, PLANTED]).all()
+    assert (snapkv[:, PLANTED + 1] > 0.5 * snapkv[:, PLANTED]).all()
+    weights = attention(view) * (view.positions[0] <= view.query_positions[:, None]).sum(axis=1)[:, None]
+    expected = weights.reshape(KV_HEADS, 2 * QUERIES, TOKENS).mean(axis=1)
+    np.testing.assert_allclose(finch[:, : -QUERIES], expected[:, : -QUERIES], rtol=1e-4)
+
+
+def test_actqkv_listens_to_the_few_that_stand_out() -> None:
+    """Sixty queries look at one token, four unlike them at another: snapkv follows the many."""
+    view = make_view(queries=64)
+    back = rotate(np.full((64, HEADS, SIZE), 2.0, np.float32), -view.query_positions, FREQUENCIES)
+    rng = np.random.default_rng(2)
+    view.queries[:] = back + rng.normal(scale=0.1, size=back.shape)
+    odd = [3, 20, 41, 63]
+    view.queries[odd] = -3 * back[odd]
+    view.keys[:] *= 0.1
+    view.keys[:, 120], view.keys[:, PLANTED] = 1.0, -2.0
+    early = slice(20, 130)  # which all queries see
+    biases = activation_bias(view.queries, KV_HEADS)
+    assert biases.shape == (KV_HEADS, 64)
+    for head in range(KV_HEADS):
+        assert set(odd) <= set(np.argsort(-biases[head])[:PROBES].tolist())
+    weights = find_scorer("actqkv").score(view)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-4)  # the mean of rows that sum to 1
+    assert best("actqkv", view, early) == [PLANTED, PLANTED]
+    assert all(abs(index - 120) <= 2 for index in best("snapkv", view, early))
+
+
+def test_the_activation_bias_is_a_mean_squared_z_score() -> None:
+    queries = np.random.default_rng(4).normal(2, 3, size=(40, HEADS, SIZE)).astype(np.float32)
+    z = (queries - queries.mean(axis=0)) / queries.std(axis=0)
+    expected = np.stack([(z[:, :2] ** 2).mean(axis=(1, 2)), (z[:, 2:] ** 2).mean(axis=(1, 2))])
+    np.testing.assert_allclose(activation_bias(queries, KV_HEADS), expected, rtol=1e-4)
+
+
+def test_knorm_keeps_short_keys_where_keydiff_keeps_unlike_ones() -> None:
+    view = make_view()
+    plant_outlier_key(view)
+    plant = 150
+    view.keys[:, plant] *= 0.1
+    assert best("knorm", view) == [plant, plant]
+    assert best("keydiff", view) == [PLANTED, PLANTED]
+
+
+@pytest.mark.parametrize("name", scorer_names())
+def test_what_a_scorer_declares(name: str) -> None:
+    """Memory is planned by it: of each scorer less than the peak of a layer's score."""
+    scorer = find_scorer(name)
+    assert scorer.kept_bytes_per_token(KV_HEADS) == (8 * KV_HEADS if scorer.keeps_scores else 0)
+    tokens, heads, size = 3_000, 4, 32
+    rng = np.random.default_rng(0)
+    queries = max(scorer.observed_queries, 1)
+    keys, values = (rng.normal(size=(heads, tokens, size)).astype(np.float32) for _ in range(2))
+    places = np.tile(np.arange(tokens, dtype=np.int32), (heads, 1))
+    frequencies = (1e4 ** (-np.arange(size // 2) / 16)).astype(np.float32)
+    tracemalloc.start()
+    view = LayerView(keys.copy() if scorer.needs_pairs else keys[..., :0],
+                     values.copy() if scorer.needs_values else values[..., :0], places.copy(),
+                     rng.normal(size=(queries, 8, size)).astype(np.float32), places[0, -queries:], frequencies, 0.1,
+                     kept=np.zeros((heads, tokens), np.float32),
+                     retention=np.zeros((heads, tokens), np.float32))  # fmt: skip
+    scorer.score(view)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= scorer.scoring_bytes_per_token(heads, size) * tokens + 200_000
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 50])

@@ -31,12 +31,19 @@ KINDS = {  # hot_tokens, archive when it is saved, archive when it is restored
     "cold": (60, ARCHIVE, replace(ARCHIVE, warm_bytes=0)),
     "beyond reach": (60, replace(ARCHIVE, reach=200), replace(ARCHIVE, reach=200, warm_bytes=0)),
 }
+SCORED = {  # these keep scores, or different numbers of tokens
+    "h2o": replace(SETTINGS, scorer="h2o"),
+    "keyformer, warm": replace(SETTINGS, scorer="keyformer"),
+    "adaptive": replace(SETTINGS, head_budgets="adaptive"),
+    "h2o, adaptive": replace(SETTINGS, scorer="h2o", head_budgets="adaptive"),
+}
+KINDS |= {kind: (75, ARCHIVE, ARCHIVE) if "warm" in kind else (200, None, None) for kind in SCORED}
 TOKENS = list(range(1000, 1330))
 
 
 def make(kind: str) -> KVCache:
     hot_tokens, archive, _ = KINDS[kind]
-    return KVCache(SHAPE, SETTINGS, hot_tokens=hot_tokens, archive=archive)
+    return KVCache(SHAPE, SCORED.get(kind, SETTINGS), hot_tokens=hot_tokens, archive=archive)
 
 
 def read(cache: KVCache, tokens: int) -> Array:
@@ -46,6 +53,8 @@ def read(cache: KVCache, tokens: int) -> Array:
     outs = []
     for layer in range(SHAPE.layers):
         q, k, v = (rng.normal(size=(tokens, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+        if cache.settings.head_budgets == "adaptive":
+            k *= np.array([0.01, 9], np.float32)[:, None]  # one head looks everywhere, one at some pairs
         outs.append(cache._native.attend(layer, q, k, v, places, FREQUENCIES, scale=SHAPE.scale))
     cache.commit(tokens)
     cache.demote()
@@ -66,7 +75,8 @@ def save(cache: KVCache, folder: Path) -> SnapshotStore:
 
 def restore(kind: str, snapshot: Snapshot, **options: Any) -> KVCache:
     hot_tokens, _, archive = KINDS[kind]
-    return KVCache.restored(SHAPE, SETTINGS, snapshot, **{"hot_tokens": hot_tokens, "archive": archive, **options})
+    settings = SCORED.get(kind, SETTINGS)
+    return KVCache.restored(SHAPE, settings, snapshot, **{"hot_tokens": hot_tokens, "archive": archive, **options})
 
 
 @contextmanager
@@ -92,13 +102,56 @@ def test_saved_found_restored_and_continued(kind: str, tmp_path: Path) -> None:
     assert after.digest_bytes == before.digest_bytes
     if kind == "cold":
         assert (after.warm_bytes, after.cold_bytes) == (0, before.warm_bytes)
+    if "adaptive" in kind:
+        assert len({cache._native.tokens(0, head) for head in range(2)}) == 2
     for tokens in (7, 1, 1, 1, 1, 1, 1, 120, 1):
         np.testing.assert_array_equal(read(twin, tokens), read(cache, tokens))
+    for layer, head in ((0, 0), (1, 1)):
+        np.testing.assert_array_equal(twin._native.positions(layer, head), cache._native.positions(layer, head))
+    assert twin.usage().hot_bytes == cache.usage().hot_bytes
     twin.close()
 
 
+@pytest.mark.parametrize("kind", ["h2o", "keyformer, warm", "h2o, adaptive"])
+def test_scores_go_with_their_pairs(kind: str, tmp_path: Path) -> None:
+    cache = make(kind)
+    read_document(cache)
+    with found(save(cache, tmp_path), TOKENS) as (snapshot, _):
+        twin = restore(kind, snapshot)
+        name = f"scores-{kind.split(',')[0]}-000"
+        bare = rewritten(snapshot, tmp_path / "bare", extra=cache.snapshot_extra(), **{name.replace("-", "_"): None})
+        with Snapshot.open(bare) as without:
+            other = restore(kind, without)
+    rows = [one._ranking.view(one._native, 0, 0) for one in (cache, twin, other)]
+    assert (rows[0].kept > 0).all()
+    assert rows[0].scored_until == len(TOKENS)
+    np.testing.assert_array_equal(rows[1].kept, rows[0].kept)
+    assert (rows[1].scored_until, rows[2].scored_until) == (len(TOKENS), 0)
+    assert not rows[2].kept.any()
+
+
+def test_wrong_scores_are_refused(tmp_path: Path) -> None:
+    cache = make("h2o")
+    read_document(cache)
+    with found(save(cache, tmp_path), TOKENS) as (snapshot, _):
+        good = bytes(snapshot.section("scores-h2o-001"))
+        half = 8 + 8 * int.from_bytes(good[:4], "little")
+        nan, late = np.array([np.nan], "<f4").tobytes(), np.array([len(TOKENS)], "<i4").tobytes()
+        attacks = [
+            b"", good[:-1], good + b"\0", good[:half], b"\xff\xff\xff\xff" + good[4:],
+            good[:4] + np.array([331], "<u4").tobytes() + good[8:],  # more queries than there were
+            good[:8] + good[16:24] + good[8:16] + good[24:],  # positions that do not ascend
+            good[:12] + nan + good[16:], good[: half - 8] + late + good[half - 4 :],
+            good[:8] + b"\xff\xff\xff\xff" + good[12:],
+        ]  # fmt: skip
+        for attack in attacks:
+            path = rewritten(snapshot, tmp_path / "attack", extra=cache.snapshot_extra(), scores_h2o_001=attack)
+            with Snapshot.open(path) as wrong, pytest.raises(SnapshotError, match="scores of its layer 1"):
+                restore("h2o", wrong)
+
+
 @pytest.mark.parametrize("common", [1, 17, 200, 329])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "forgetting"])
+@pytest.mark.parametrize("kind", [kind for kind, (_, archive, _) in KINDS.items() if archive or kind == "full"])
 def test_only_a_prefix_is_wanted(kind: str, common: int, tmp_path: Path) -> None:
     """Forgetting after the restoring is as forgetting without it."""
     cache = make(kind)

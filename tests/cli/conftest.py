@@ -87,6 +87,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "satchel", *arguments],
             stdin=slave, stdout=slave, stderr=slave, cwd=folder, start_new_session=True, close_fds=True,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
             preexec_fn=lambda: _own_terminal(slave),
         )  # fmt: skip
         os.close(slave)
@@ -110,7 +111,13 @@ class Terminal:
         deadline = time.monotonic() + seconds
         while self._read(deadline):
             pass
-        return self.process.wait(max(deadline - time.monotonic(), 1)), self.text
+        try:
+            return self.process.wait(max(deadline - time.monotonic(), 1)), self.text
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # faulthandler writes where every thread is
+            while self._read(time.monotonic() + 3):
+                pass
+            raise AssertionError(f"the program did not end in {seconds} s; on the screen: {self.text!r}") from None
 
     def interrupt_and_leave(self, seconds: float = 60) -> tuple[int, str]:
         """Presses Ctrl-C until the program ends, as a person does: under load readline may lose one."""

@@ -169,7 +169,7 @@ def test_extreme_limits(limit: int) -> None:
 
 KV_HEADS = 48  # layers times KV heads
 ARCHIVE_COSTS = replace(
-    COSTS, digest_bytes_per_token=KV_HEADS * 68 / 16,
+    COSTS, kv_heads=2, digest_bytes_per_token=KV_HEADS * 68 / 16,
     archive=tuple(ArchiveCost(name, KV_HEADS * size) for name, size in
                   (("q8", 132), ("q4", 68), ("kvquant3", 60), ("q2", 36))),
 )  # fmt: skip
@@ -242,14 +242,12 @@ def test_archives_over_a_sweep_of_limits(settings: dict[str, Any], disk_bytes: i
         assert found.sinks == settings.get("sinks", found.sinks)
         assert found.window == settings.get("window", found.window)
         assert found.recall_tokens == settings.get("recall_tokens", found.recall_tokens)
-        if "recall_tokens" in settings:
-            assert found.reading_recall_tokens == found.recall_tokens
         assert found.capacity_tokens == found.hot_tokens + 63 + found.chunk
         assert found.archive_tokens + found.hot_tokens >= tokens
         assert found.warm_bytes == rows[f"archive in RAM ({found.codec})"]
         per_token = next(cost.bytes_per_token for cost in ARCHIVE_COSTS.archive if cost.codec == found.codec)
         assert found.warm_bytes + found.cold_bytes == found.archive_tokens * per_token
-        recalled = found.recall_tokens * ARCHIVE_COSTS.threads  # of one layer, or of one head on each thread
+        recalled = found.recall_tokens * max(ARCHIVE_COSTS.threads / 2, 1)  # of one layer, or of one head on each thread
         assert found.recall_bytes == (recalled * per_token / 24 if found.cold_bytes else 0)
         assert found.digest_bytes == found.archive_tokens * 204
     assert ranks == sorted(ranks, reverse=True), "more memory has made the placement worse"
@@ -302,7 +300,6 @@ def test_recall_costs_nothing_while_the_archive_is_in_memory() -> None:
     found = archived(8 * GB, 8_192, budget_bytes=72_000_000)
     assert found is not None
     assert (found.placement, found.recall_tokens, found.recall_bytes) == ("warm", 4096, 0)
-    assert found.reading_recall_tokens == 1024
 
 
 def test_what_is_recalled_from_disk_is_held_for_one_layer() -> None:

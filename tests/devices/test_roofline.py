@@ -24,7 +24,7 @@ FULL = Plan(10**9, 512, None, 4096, 10**8, ())
 PRUNED = replace(FULL, chunk=100, hot_tokens=300, placement="pruned")
 COLD = replace(
     FULL, chunk=128, hot_tokens=256, placement="cold", codec="q8", recall_tokens=256,
-    reading_recall_tokens=256, recall_bytes=256 * 264,
+    recall_bytes=256 * 264,
     warm_bytes=1_622_016, cold_bytes=50_282_496, digest_bytes=1_671_168, archive_tokens=8_192,
 )  # fmt: skip
 WARM = replace(COLD, placement="warm", recall_bytes=0, warm_bytes=51_904_512, cold_bytes=0)

@@ -247,17 +247,6 @@ def test_a_rollback_of_nothing_keeps_the_choice() -> None:
     assert tuple(talk.cache.recalled(0, 0)) != chosen[8], "a run that did not happen has chosen nothing"
 
 
-def test_a_document_recalls_less_than_a_question() -> None:
-    both, less, more = (
-        Talk(recall=recall, archive={"reading_recall_tokens": reading}).read_and_store()
-        for recall, reading in ((128, 32), (32, 32), (128, 128))
-    )
-    for tokens, same, other in ((64, less, more), (1, more, less), (20, more, less)):
-        found = both.read(tokens)
-        np.testing.assert_array_equal(found, same.read(tokens))
-        assert np.abs(found - other.read(tokens)).max() > 1e-4
-
-
 @pytest.mark.parametrize("nothing", ["sinks", "recall"])
 def test_no_sinks_or_nothing_recalled(nothing: str) -> None:
     talk = Talk(**{nothing: 0})

@@ -67,7 +67,7 @@ def test_pruning_moves_them() -> None:
     append(cache, 0, tokens, twin=twin)
     cache.commit()
     kept = np.stack([np.sort(rng.choice(tokens, PAGE + 9, replace=False)) for _ in range(KV_HEADS)]).astype(np.int32)
-    cache.retain_layer(0, kept)
+    cache.retain_layer(0, list(kept))
     for head in range(KV_HEADS):
         twin.retain(0, head, kept[head])
     assert_like(cache, twin)
@@ -82,7 +82,7 @@ def test_forks_have_their_own() -> None:
     child = cache.fork()
     append(child, PAGE + 5, 2)
     kept = np.arange(1, PAGE, dtype=np.int32)
-    child.retain_layer(1, np.stack([kept] * KV_HEADS))
+    child.retain_layer(1, [kept] * KV_HEADS)
     assert_like(cache, twin)
     np.testing.assert_array_equal(child.retention(1, 0), twin.heads[1][0].retention[1:PAGE].astype(np.float32))
 
@@ -141,9 +141,20 @@ def test_saved_and_restored(tokens: int) -> None:
     append(plain, 0, tokens, retention=None)
     plain.commit()
     assert cache.layer_bytes(0) == plain.layer_bytes(0) + 4 * tokens * KV_HEADS
+    cache.retain_layer(1, [np.arange(tokens // 2), np.arange(tokens)])
+    assert_saved_ragged(cache, tokens)
     for one, other in ((cache, False), (plain, True)):
         with pytest.raises(ValueError, match="retention scores where none are kept, or the reverse"):
             restored(one, tokens, retention=other)
+
+
+def assert_saved_ragged(cache: kernels.KVCache, tokens: int) -> None:
+    """Heads that hold different numbers of tokens."""
+    again = restored(cache, tokens)
+    for head in range(KV_HEADS):
+        np.testing.assert_array_equal(again.retention(1, head), cache.retention(1, head))
+    versions = [int.from_bytes(cache.save_layer(layer)[:4], "little") for layer in range(2)]
+    assert versions == [4, 4 if tokens // 2 == tokens else 5]
 
 
 def test_a_blob_with_no_numbers_is_refused() -> None:

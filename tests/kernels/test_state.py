@@ -129,6 +129,29 @@ def test_hot_tier(tokens: int, storage: str, observed: int, tmp_path: Path) -> N
         check_equal_steps(cache, twin, tokens)
 
 
+@pytest.mark.parametrize("counts", [(70, 35), (0, 64), (65, 1)])
+def test_heads_that_hold_different_numbers(counts: tuple[int, int], tmp_path: Path) -> None:
+    options = shape(storage="bf16", observed_queries=4)
+    cache = kernels.KVCache(**options)
+    read(cache, 0, 150)
+    cache.retain_layer(1, [np.arange(5, 5 + count, dtype=np.int32) for count in counts])
+    assert [cache.tokens(1, head) for head in range(KV_HEADS)] == list(counts)
+    saved = save(cache, 150, tmp_path / "file")
+    assert [int.from_bytes(blob[:4], "little") for blob in saved.blobs] == [2, 3]  # as before where nothing differs
+    with restored(saved, options) as twin:
+        assert [twin.save_layer(layer) for layer in range(LAYERS)] == saved.blobs
+        assert twin.pool_bytes == cache.pool_bytes
+        check_equal_steps(cache, twin, 150)
+
+
+def test_heads_of_an_archive_hold_equally_many(tmp_path: Path) -> None:
+    cache = kernels.KVCache(**shape(ARCHIVE))
+    read(cache, 0, 170)
+    cache.retain_layer(0, [np.arange(170, dtype=np.int32), np.arange(1, 170, dtype=np.int32)])
+    with pytest.raises(ValueError, match="equally many"):
+        cache.save_layer(0)
+
+
 def test_an_empty_cache(tmp_path: Path) -> None:
     for archive in (None, ARCHIVE):
         cache = kernels.KVCache(**shape(archive))
@@ -307,7 +330,7 @@ def test_an_error_of_the_reader_comes_through(tmp_path: Path) -> None:
 
 
 HOSTILE = {
-    "hot": (None, 70), "archive": (ARCHIVE, 170), "mikv": (replace(ARCHIVE, codec="mikv"), 170),
+    "hot": (None, 70), "ragged": (None, 70), "archive": (ARCHIVE, 170), "mikv": (replace(ARCHIVE, codec="mikv"), 170),
     "kvquant3": (replace(ARCHIVE, codec="kvquant3"), 170), "channels": (replace(ARCHIVE, retriever="channels"), 170),
     "centroid": (replace(ARCHIVE, retriever="centroid"), 300),
 }  # fmt: skip
@@ -318,6 +341,9 @@ def hostile_case(name: str, folder: Path) -> tuple[Saved, dict[str, Any]]:
     options = shape(archive, observed_queries=4)
     cache = kernels.KVCache(**options)
     read(cache, 0, tokens)
+    if name == "ragged":
+        for layer in range(LAYERS):
+            cache.retain_layer(layer, [np.arange(0, tokens, 1 + head, dtype=np.int32) for head in range(KV_HEADS)])
     if archive:
         archive_all(cache, tokens, archive.step_tokens)
         read(cache, tokens, 1)  # blocks are chosen

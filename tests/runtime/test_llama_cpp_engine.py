@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import satchel
+from satchel.cache.scorers import scorer_names
 from satchel.cache.scorers.base import rotate
 from satchel.cache.snapshots import SnapshotStore
 from satchel.errors import MemoryLimitError, ModelError, OptionError, SatchelError
@@ -432,7 +433,12 @@ def test_auto_keeps_everything_while_it_fits_and_then_the_newest(load_llama: Loa
         ({"kv": {"recall_tokens": 16}}, "kv recall_tokens is not for"),
         ({"kv": {"recall_every": 2}}, "kv recall_every is not for"),
         ({"disk": "1GB"}, "--disk is not for --engine llama.cpp"),
-        ({"policy": "expected-attention"}, "expected-attention is not available .* recency, keydiff, snapkv"),
+        *(
+            ({"policy": name}, f"{name} is not available .* recency, keydiff, snapkv")
+            for name in sorted(set(scorer_names()) - {"recency", "keydiff", "snapkv"})
+        ),
+        ({"policy": "keydiff", "kv": {"head_budgets": "adaptive"}}, "kv head_budgets is not for .*, which evicts"),
+        ({"policy": "keydiff", "kv": {"merge": "lookm"}}, "kv merge is not for .*, which evicts whole tokens"),
         ({"kv": {"scorer": "expected-attention"}}, "expected-attention is not available"),
         ({"kv": {"storage": "bf16"}}, "kv storage='bf16' is not supported; choose one of f16, q8_0, q4_0"),
         ({"kv": {"storage": "q8_0"}, "engine": "native"}, "kv storage='q8_0' is not supported; choose one of bf16"),

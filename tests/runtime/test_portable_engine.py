@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import satchel
 from satchel.cache import CacheFullError, CacheSettings, KVCache
+from satchel.cache.scorers import scorer_names
 from satchel.errors import ModelError, OptionError
 from satchel.export.exporter import export_model
 from satchel.export.package import Package
@@ -238,8 +239,13 @@ def test_sixteen_bits_are_close_and_half_as_large(export_tiny: Export) -> None:
 
 
 def test_what_it_cannot_do_is_refused(export_tiny: Export, engine: PortableEngine) -> None:
-    with pytest.raises(OptionError, match="'expected-attention' is not available in the portable flavour; .*snapkv"):
-        open_engine(export_tiny(), 2, settings("expected-attention"))
+    for scorer in set(scorer_names()) - set(SCORERS):
+        with pytest.raises(OptionError, match=f"'{scorer}' is not available in the portable flavour; .*snapkv"):
+            open_engine(export_tiny(), 2, settings(scorer))
+    with pytest.raises(OptionError, match="kv head_budgets=adaptive is not available in the portable flavour"):
+        open_engine(export_tiny(), 2, settings(head_budgets="adaptive"))
+    with pytest.raises(OptionError, match="kv merge=lookm is not available in the portable flavour"):
+        open_engine(export_tiny(), 2, settings(merge="lookm"))
     with pytest.raises(OptionError, match="kv scorer='recency' differs from 'snapkv'"):
         engine.new_cache(settings("recency"), hot_tokens=None)
     with pytest.raises(ModelError, match="native flavour, which runs on device cpu, not cuda; export .* portable"):

@@ -16,14 +16,16 @@ EXACT: dict[str, Any] = {"types": ("Q8_0",)}
 DOCUMENT = "The maintainer uploads. Nobody else may, without consent, in the first week. " * 45
 MORE = "Only a team may. " * 40
 QUESTION = "Who may upload, and when?"
-KINDS = [{"policy": "full"}, {"kv": {"budget_bytes": "400KB"}}, {"policy": "snapkv", "kv": {"hot_tokens": 1024}}]
+KINDS = [{"policy": "full"}, {"kv": {"budget_bytes": "400KB"}}, {"policy": "snapkv", "kv": {"hot_tokens": 1024}},
+         {"policy": "h2o", "kv": {"hot_tokens": 1024, "head_budgets": "adaptive"}}]  # fmt: skip
+NAMES = ["full", "recall", "snapkv", "h2o"]
 
 
 def snapshots(root: Path) -> list[Path]:
     return sorted(snapshots_folder(root).rglob("*.satchel"))
 
 
-@pytest.mark.parametrize("options", KINDS, ids=["full", "recall", "snapkv"])
+@pytest.mark.parametrize("options", KINDS, ids=NAMES)
 def test_a_reopened_document_answers_as_before(load_tiny: Load, tmp_path: Path, options: dict[str, Any]) -> None:
     answers = []
     for reopened in (False, True, True):
@@ -50,6 +52,15 @@ def test_of_a_longer_document_only_the_tail_is_read(load_tiny: Load, tmp_path: P
     assert len(snapshots(tmp_path)) == 2
 
 
+def test_ways_to_forget_have_snapshots_of_their_own(load_tiny: Load, tmp_path: Path) -> None:
+    kinds: list[dict[str, object]] = [{}, {"head_budgets": "adaptive"}, {"merge": "lookm"}]
+    for more, reopened in zip(kinds * 2, [False] * 3 + [True] * 3, strict=True):
+        kv = {"hot_tokens": 1024, **more}
+        with load_tiny(EXACT, cache_dir=tmp_path, policy="h2o", kv=kv).read_text(DOCUMENT) as context:
+            assert context.reopened is reopened
+    assert len(snapshots(tmp_path)) == 3
+
+
 def test_no_cache_neither_opens_nor_writes(load_tiny: Load, tmp_path: Path) -> None:
     load_tiny(EXACT, cache_dir=tmp_path, cache=False).read_text(DOCUMENT).close()
     assert snapshots(tmp_path) == []
@@ -58,7 +69,7 @@ def test_no_cache_neither_opens_nor_writes(load_tiny: Load, tmp_path: Path) -> N
         assert not context.reopened
 
 
-@pytest.mark.parametrize("options", KINDS, ids=["full", "recall", "snapkv"])
+@pytest.mark.parametrize("options", KINDS, ids=NAMES)
 def test_a_damaged_snapshot_is_told_of_and_read_again(
     load_tiny: Load, tmp_path: Path, options: dict[str, Any]
 ) -> None:  # fmt: skip

@@ -252,7 +252,7 @@ def test_a_document_that_parts_from_a_saved_one_early_is_read_again(
 # --- budgets that forget, and models without a layer that sees everything
 
 
-@pytest.mark.parametrize("scorer", ["recency", "snapkv", "keydiff"])
+@pytest.mark.parametrize("scorer", ["recency", "snapkv", "keydiff", "h2o"])
 @pytest.mark.parametrize("budget", [80, 128])
 def test_a_budget_leaves_shorter_windows_alone(load: Load, scorer: str, budget: int) -> None:
     kv = {**FP32, "hot_tokens": budget, "sinks": 4, "window": 16, "chunk": 64}
@@ -273,6 +273,30 @@ def test_a_budget_leaves_shorter_windows_alone(load: Load, scorer: str, budget: 
             positions = native.positions(layer, 0)
             assert len(positions) == budget
             assert (positions > context.tokens - WINDOW).sum() >= min(budget, 60)  # not the sinks, which nobody sees
+
+
+@pytest.mark.parametrize("scorer", ["finch", "h2o"])
+def test_heads_share_a_budget_that_is_shorter_than_windows(load: Load, tmp_path: Path, scorer: str) -> None:
+    kv = {**FP32, "hot_tokens": WINDOW - 10, "sinks": 4, "window": 16, "chunk": 64}
+    kv |= {"head_budgets": "adaptive", "merge": "lookm"}
+    answers = []
+    for reopened in (False, True):
+        model = load(GEMMA, policy=scorer, kv=kv, cache=True, cache_dir=tmp_path)
+        with model.read_text(DOCUMENT) as context:
+            assert context.reopened is reopened
+            native, heads = native_of(context), range(model._package.spec.kv_heads)
+            for _ in range(3):
+                assert context.kv["hot_tokens"] <= WINDOW - 10 + 64
+                assert native.bytes <= context.plan.kv_limit_bytes
+                answers.append(context.ask(LONG_QUESTION, max_new_tokens=30, temperature=0).text)
+            context._cache.demote()
+            for layer in windowed(model):
+                assert sum(native.tokens(layer, head) for head in heads) <= len(heads) * (WINDOW - 10)
+                for head in heads:
+                    positions = native.positions(layer, head)
+                    assert (np.diff(positions) > 0).all()
+                    assert (positions[-16:] == context.tokens - 16 + np.arange(16)).all()
+    assert answers[:3] == answers[3:]
 
 
 @pytest.mark.parametrize("policy", ["auto", "full", "snapkv"])

@@ -1,0 +1,75 @@
+"""A budget that forgets: prunes one layer to what its scorer ranks highest, and may merge the rest into that."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import kernels
+from .head_budgets import UNIFORM, adaptive_budgets
+from .mergers import NONE, Merged, Merger, find_merger
+from .ranking import Ranking
+from .scorers import Floats
+from .settings import CacheSettings
+
+
+def prune_layer(
+    native: kernels.KVCache,
+    layer: int,
+    budget: int,
+    *,
+    ranking: Ranking,
+    settings: CacheSettings,
+    kv_heads: int,
+    unseen_until: int = 0,
+) -> None:
+    """Leaves ``budget`` tokens per KV head, on average if the heads share it: sinks, window and the best-scored others.
+
+    What lies before ``unseen_until`` no query to come sees: it makes room for the others, the sinks among it.
+
+    Raises:
+        RuntimeError: pages are shared with a fork and there is no room for copies. The layer is consistent.
+    """
+    if settings.head_budgets == UNIFORM:
+        scores = list(_scores(native, layer, None, ranking, settings, unseen_until))
+        counts = [budget] * kv_heads
+    else:
+        scores = [_scores(native, layer, head, ranking, settings, unseen_until)[0] for head in range(kv_heads)]
+        counts = adaptive_budgets(scores, budget, settings.least_hot_tokens)
+    kept = [_best(row, count) for row, count in zip(scores, counts, strict=True)]
+    merged: list[Merged] = []
+    if settings.merge != NONE:
+        merger = find_merger(settings.merge)
+        for head in range(kv_heads):
+            merged.append(_merged(native, layer, head, merger, scores[head], kept[head]))
+    native.retain_layer(layer, kept)
+    for head, pairs in enumerate(merged):
+        places = np.searchsorted(kept[head], pairs.tokens).astype(np.int32)
+        native.overwrite(layer, head, places, pairs.keys, pairs.values)
+
+
+def _scores(
+    native: kernels.KVCache, layer: int, head: int | None, ranking: Ranking, settings: CacheSettings, unseen_until: int
+) -> Floats:
+    """Of all KV heads [K, T], or of one [1, T]; infinite where the settings say what is kept."""
+    view, scores = ranking.rank(native, layer, head)
+    scores[:, : settings.sinks] = np.inf
+    scores[view.positions < unseen_until] = -np.inf
+    scores[:, max(scores.shape[1] - settings.window, 0) :] = np.inf
+    return scores
+
+
+def _merged(
+    native: kernels.KVCache, layer: int, head: int, merger: Merger, scores: Floats, kept: NDArray[np.int32]
+) -> Merged:
+    """What becomes of a head's ``kept`` tokens, sinks and window apart."""
+    keys, values, _ = native.read(layer, head)
+    scored = np.isfinite(scores)
+    goes = scored.copy()
+    goes[kept] = False
+    return merger.merge(keys, values, kept[scored[kept]], np.flatnonzero(goes).astype(np.int32))
+
+
+def _best(scores: Floats, count: int) -> NDArray[np.int32]:
+    """Indices of the ``count`` largest of scores [T], ascending."""
+    return np.sort(np.argpartition(scores, scores.size - count)[scores.size - count :]).astype(np.int32)
