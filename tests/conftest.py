@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# A shell starts what runs in its background with Ctrl-C ignored, and programs inherit that: the tests that press it
+# would be about that shell.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _load_real_files() -> ModuleType:

@@ -141,7 +141,7 @@ def _pages(tokens: int, split: Split) -> int:
 
 
 def _recall_bytes(cost: ArchiveCost, costs: Costs, split: Split) -> int:
-    """What is recalled from disk at one moment, of one layer: one KV head on each thread, or all for an answer's token."""
+    """What is recalled from disk at one moment, of a layer: a KV head on each thread, or all for an answer's token."""
     heads = max(costs.threads, costs.kv_heads) / costs.kv_heads
     return math.ceil(cost.bytes_per_token / costs.layers * split.recall_tokens * heads)
 

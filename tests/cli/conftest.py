@@ -119,16 +119,6 @@ class Terminal:
                 pass
             raise AssertionError(f"the program did not end in {seconds} s; on the screen: {self.text!r}") from None
 
-    def interrupt_and_leave(self, seconds: float = 60) -> tuple[int, str]:
-        """Presses Ctrl-C until the program ends, as a person does: under load readline may lose one."""
-        deadline = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < deadline:
-            self.send("\x03")
-            pause = time.monotonic() + 3
-            while self._read(pause):
-                pass
-        return self.leave(max(deadline - time.monotonic(), 1))
-
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)

@@ -247,7 +247,8 @@ def test_archives_over_a_sweep_of_limits(settings: dict[str, Any], disk_bytes: i
         assert found.warm_bytes == rows[f"archive in RAM ({found.codec})"]
         per_token = next(cost.bytes_per_token for cost in ARCHIVE_COSTS.archive if cost.codec == found.codec)
         assert found.warm_bytes + found.cold_bytes == found.archive_tokens * per_token
-        recalled = found.recall_tokens * max(ARCHIVE_COSTS.threads / 2, 1)  # of one layer, or of one head on each thread
+        assert ARCHIVE_COSTS.threads <= ARCHIVE_COSTS.kv_heads
+        recalled = found.recall_tokens  # of one layer
         assert found.recall_bytes == (recalled * per_token / 24 if found.cold_bytes else 0)
         assert found.digest_bytes == found.archive_tokens * 204
     assert ranks == sorted(ranks, reverse=True), "more memory has made the placement worse"
