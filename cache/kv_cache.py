@@ -127,6 +127,7 @@ class KVCache:
             "limit_bytes": limit_bytes,
             "archive": archive.native(shape.head_size) if archive else None,
             "windows": shape.windows,
+            "retention": scorer.needs_retention,
         }
         self._native = kernels.KVCache(**self._options)
 

@@ -90,9 +90,13 @@ class Ranking:
         group = queries.shape[1] // self._kv_heads
         queries = queries[:, heads[0] * group : (heads[-1] + 1) * group]
         kept, until = self._kept_of(layer, heads, positions)
+        retention = None
+        if scorer.needs_retention:
+            retention = np.stack([native.retention(layer, kv_head) for kv_head in heads])
         return LayerView(
-            keys, values, positions, queries, query_positions, native.frequencies(layer), self._scale, kept, until
-        )
+            keys, values, positions, queries, query_positions, native.frequencies(layer), self._scale, kept, until,
+            retention,
+        )  # fmt: skip
 
     def _kept_of(self, layer: int, heads: range, positions: NDArray[np.int32]) -> tuple[Floats, int]:
         if not self._scorer.keeps_scores:

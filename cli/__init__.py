@@ -21,7 +21,7 @@ from ..errors import SatchelError
 from .interrupts import work_is_left
 
 # in the order of the help
-COMMANDS = ("ask", "chat", "models", "pull", "export", "plan", "bench", "eval", "cache", "methods")
+COMMANDS = ("ask", "chat", "models", "pull", "export", "calibrate", "plan", "bench", "eval", "cache", "methods")
 FAILED, USAGE, STOPPED, PIPE_CLOSED = 1, 2, 130, 141
 
 EPILOG = """\b

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -12,33 +14,45 @@ from rich.table import Table
 
 from ..devices.files.cache_folder import cache_folder, exported_packages
 from ..devices.sizes import format_size
+from ..errors import ModelError
+from ..export.calibration.files import package_mark, read_records
 from ..export.hub.download import is_verified, model_path
 from ..export.hub.registry import DEFAULT_MODEL, ModelEntry, all_models
+from ..export.package import open_package
 
 EPILOG = """\b
 Examples:
   satchel models
   satchel models --json
+  satchel models --verbose
   satchel models --cache-dir /mnt/big/satchel
 """
+SHOWN_FIGURES = ("r2", "tokens", "window_tokens", "target", "seed", "seconds")  # of a calibration
 PIPE_WIDTH = 200  # characters; a table in a file or pipe is not cut to a terminal's width
 
 
 @click.command("models", epilog=EPILOG, short_help="List the models that have a name.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Look into this folder (else $SATCHEL_CACHE_DIR, else the platform's cache folder).")
+@click.option("--verbose", is_flag=True, help="Say what packages there are, and what each is calibrated for.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list, one object per model.")
-def command(cache_dir: Path | None, as_json: bool) -> None:
+def command(cache_dir: Path | None, verbose: bool, as_json: bool) -> None:
     """List the models of the registry: size, licence, context, and whether they are on this machine.
 
     Any .gguf file of a supported architecture works as a model, too: give its path instead of a name.
     """
-    rows = [describe(entry, cache_folder(cache_dir)) for entry in all_models()]
+    root = cache_folder(cache_dir)
+    rows = [describe(entry, root) for entry in all_models()]
+    if verbose:
+        for row in rows:
+            row["packages"] = [describe_package(folder) for folder in exported_packages(root, str(row["name"]))]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
         console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
         console.print(_table(rows))
+        for line in _package_lines(rows) if verbose else ():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def describe(entry: ModelEntry, root: Path) -> dict[str, object]:
@@ -53,6 +67,33 @@ def describe(entry: ModelEntry, root: Path) -> dict[str, object]:
         "exported": bool(exported_packages(root, entry.name)), "path": str(path) if downloaded else None,
         "note": entry.note,
     }
+
+
+def describe_package(folder: Path) -> dict[str, Any]:
+    """A package as ``models --verbose --json`` prints it; ``problem`` says why it, or a calibration, is of no use."""
+    found: dict[str, Any] = {"folder": str(folder), "problem": None, "calibrations": {}}
+    try:
+        mark, records = package_mark(open_package(folder)), read_records(folder)
+    except ModelError as error:
+        return found | {"problem": str(error)}
+    for method, record in records.items():
+        stale = record.get("package") != mark
+        found["calibrations"][method] = record | {"problem": "of another package" if stale else None}
+    return found
+
+
+def _package_lines(rows: list[dict[str, object]]) -> Iterator[str]:
+    for row in rows:
+        packages: Any = row["packages"]
+        for package in packages:
+            yield f"\n{row['name']} in {package['folder']}"
+            if package["problem"] is not None:
+                yield f"  {package['problem']}"
+            elif not package["calibrations"]:
+                yield "  not calibrated"
+            for method, record in package["calibrations"].items():
+                figures = ", ".join(f"{key} {record[key]}" for key in SHOWN_FIGURES if key in record)
+                yield f"  {method}: {record['problem'] or figures}"
 
 
 def _table(rows: list[dict[str, object]]) -> Table:

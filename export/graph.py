@@ -8,16 +8,14 @@ vectors are inside the graph. Any T works: the graph has no other state.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from .blocks import Floats
 from .operators import GraphParts, NativeOperators, Operators
 from .operators.base import MICROSOFT
-from .rope import rope_frequencies
 from .spec import ModelSpec
 from .weights import MatrixRecord
 
@@ -165,22 +163,6 @@ def build_graph(
         )  # fmt: skip
     graph.logits(normed)
     return _model(parts, operators)
-
-
-def stretched_graph(model_file: Path, spec: ModelSpec) -> bytes:
-    """The graph in ``model_file`` with the rotary positions of ``spec`` in the layers that see everything."""
-    model = onnx.load(str(model_file), load_external_data=False)
-    name = "rope_frequencies.all"
-    for tensor in model.graph.initializer:
-        if tensor.name == name:
-            tensor.CopyFrom(numpy_helper.from_array(rope_frequencies(spec.rope), name))
-    for node in model.graph.node:
-        if node.op_type == "CachedAttention" and name in node.input:
-            for attribute in node.attribute:
-                if attribute.name == "rope_attention_factor":
-                    attribute.f = spec.rope.attention_factor
-    content: bytes = model.SerializeToString()
-    return content
 
 
 def _model(parts: GraphParts, operators: Operators) -> onnx.ModelProto:

@@ -107,6 +107,7 @@ class KVCache:
         limit_bytes: int = 0,
         archive: dict[str, object] | None = None,
         windows: Sequence[int] = (),
+        retention: bool = False,
     ) -> None: ...
     @property
     def handle(self) -> int: ...
@@ -139,6 +140,7 @@ class KVCache:
         limit_bytes: int = 0,
         archive: dict[str, object] | None = None,
         windows: Sequence[int] = (),
+        retention: bool = False,
         tokens: int,
         blobs: Iterable[Buffer],
         descriptor: int = -1,
@@ -158,6 +160,7 @@ class KVCache:
     def archive_order(self, layer: int, kv_head: int) -> NDArray[np.int32]: ...
     def read_archive(self, layer: int, kv_head: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
     def tokens(self, layer: int, kv_head: int) -> int: ...
+    def retention(self, layer: int, kv_head: int) -> NDArray[np.float32]: ...
     def retain(self, layer: int, kv_head: int, kept: NDArray[np.int32]) -> None: ...
     def retain_layer(self, layer: int, kept: Sequence[NDArray[np.int32]] | NDArray[np.int32]) -> None: ...
     def overwrite(
@@ -188,4 +191,5 @@ class KVCache:
         window: int = 0,
         attention_factor: float = 1.0,
         threads: int = 1,
+        retention: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]: ...

@@ -198,6 +198,7 @@ class HeadReference:
     keys: Floats  # [S, D], after RoPE
     values: Floats  # [S, D]
     positions: Integers  # [S]
+    retention: Floats  # [S]
 
 
 @dataclass
@@ -217,13 +218,18 @@ class CacheReference:
     def __post_init__(self) -> None:
         nothing = np.zeros((0, self.head_size))
         self.heads = [
-            [HeadReference(nothing, nothing, nothing, np.zeros(0, np.int64)) for _ in range(self.kv_heads)]
+            [HeadReference(nothing, nothing, nothing, np.zeros(0, np.int64), np.zeros(0)) for _ in range(self.kv_heads)]
             for _ in range(self.layers)
         ]
 
-    def append(self, layer: int, k: ArrayLike, v: ArrayLike, positions: ArrayLike) -> None:
-        """Adds ``k`` (before RoPE) and ``v`` [T, K, D] at ``positions`` [T] to every KV head of a layer."""
+    def append(
+        self, layer: int, k: ArrayLike, v: ArrayLike, positions: ArrayLike, retention: ArrayLike | None = None
+    ) -> None:
+        """Adds ``k`` (before RoPE) and ``v`` [T, K, D] at ``positions`` [T], with scores ``retention`` [T, K] (None: 0)
+        to every KV head of a layer.
+        """
         raw, values = _float64(k), _float64(v)
+        scores = np.zeros(raw.shape[:2]) if retention is None else _float64(retention)
         turned = apply_rope(raw, positions, self.rope_frequencies, self.attention_factor)
         for index, head in enumerate(self.heads[layer]):
             self.heads[layer][index] = HeadReference(
@@ -231,6 +237,7 @@ class CacheReference:
                 np.concatenate([head.keys, turned[:, index]]),
                 np.concatenate([head.values, values[:, index]]),
                 np.concatenate([head.positions, np.asarray(positions, np.int64)]),
+                np.concatenate([head.retention, scores[:, index]]),
             )
 
     def retain(self, layer: int, head: int, indices: ArrayLike) -> None:
@@ -243,7 +250,7 @@ class CacheReference:
         if kept.size and (kept[0] < 0 or kept[-1] >= held.positions.size or (np.diff(kept) <= 0).any()):
             raise ValueError(f"indices to retain must ascend within 0..{held.positions.size - 1}: {kept}")
         self.heads[layer][head] = HeadReference(
-            held.raw_keys[kept], held.keys[kept], held.values[kept], held.positions[kept]
+            held.raw_keys[kept], held.keys[kept], held.values[kept], held.positions[kept], held.retention[kept]
         )
 
     def tokens(self, layer: int, head: int) -> int:

@@ -20,10 +20,10 @@ STORAGE_BYTES = {"bf16": 2, "fp32": 4}
 CODECS_OF_CHOICE = ("q8", "grouped4", "grouped3", "grouped2")  # the planner's, the best quality first
 
 
-def page_bytes(head_size: int, storage: str) -> int:
-    """Bytes of one cache page of one KV head: keys, values, positions, in whole cache lines."""
+def page_bytes(head_size: int, storage: str, *, retention: bool = False) -> int:
+    """Bytes of one cache page of one KV head: keys, values, positions and retention scores, in whole cache lines."""
     tokens = kernels.PAGE_TOKENS
-    raw = 2 * tokens * head_size * STORAGE_BYTES[storage] + 4 * tokens
+    raw = 2 * tokens * head_size * STORAGE_BYTES[storage] + 4 * tokens * (1 + retention)
     return -(-raw // 64) * 64
 
 
@@ -44,10 +44,12 @@ def full_layers(spec: ModelSpec, windows: Sequence[int]) -> int:
     return spec.layers - sum(window > 0 for window in windows)
 
 
-def window_costs(spec: ModelSpec, windows: Sequence[int], storage: str) -> tuple[WindowCost, ...]:
+def window_costs(
+    spec: ModelSpec, windows: Sequence[int], storage: str, *, retention: bool = False
+) -> tuple[WindowCost, ...]:  # fmt: skip
     """The other layers, those with the same window together."""
     layers = Counter(window for window in windows if window)
-    head = spec.kv_heads * page_bytes(spec.head_size, storage)
+    head = spec.kv_heads * page_bytes(spec.head_size, storage, retention=retention)
     return tuple(WindowCost(window, count * head) for window, count in sorted(layers.items()))
 
 
@@ -105,7 +107,7 @@ def costs_of(
         weight_bytes=package.weight_bytes,
         scratch_bytes_per_chunk_token=scratch_bytes_per_chunk_token(package),
         page_tokens=kernels.PAGE_TOKENS,
-        kv_bytes_per_page=pages * page_bytes(spec.head_size, settings.storage),
+        kv_bytes_per_page=pages * page_bytes(spec.head_size, settings.storage, retention=scorer.needs_retention),
         # twice: what a run that is rolled back must restore
         observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
         scoring_bytes_per_token=demotion_bytes_per_token(spec, settings),
@@ -114,7 +116,7 @@ def costs_of(
         layers=max(layers, 1),
         kv_heads=spec.kv_heads,
         threads=threads,
-        windows=window_costs(spec, windows, settings.storage),
+        windows=window_costs(spec, windows, settings.storage, retention=scorer.needs_retention),
     )
     if package.manifest.flavour == "portable":
         return portable_costs(package, costs, scorer.observed_queries)

@@ -13,12 +13,13 @@ from .h2o import H2O
 from .keydiff import KeyDiff
 from .keyformer import Keyformer
 from .knorm import KNorm
+from .kvzap import KVzap
 from .recency import Recency
 from .snapkv import SnapKV
 
 _SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
-    for scorer in (Recency, KeyDiff, SnapKV, ExpectedAttention, H2O, Keyformer, Finch, ActQKV, KNorm)
+    for scorer in (Recency, KeyDiff, SnapKV, ExpectedAttention, H2O, Keyformer, Finch, ActQKV, KNorm, KVzap)
 }
 
 

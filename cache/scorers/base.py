@@ -20,7 +20,8 @@ class LayerView:
     ``positions`` int32 [K, T], ascending in each head;
     ``queries`` (before RoPE) float32 [W, H, D] at ``query_positions`` int32 [W], the last ones of the chunk, as many
     as the scorer declares; ``frequencies`` float32 [rotated dimensions / 2], radians per position; ``scale`` of the
-    logits.
+    logits. ``retention`` float32 [K, T]: what the graph's heads said each pair will be worth, the more the better (None
+    when the scorer does not need it).
 
     For scorers that keep scores: ``kept`` float32 [K, T], what they gave each pair the last time, 0 for new ones; it
     counts the queries before the position ``scored_until``.
@@ -35,6 +36,7 @@ class LayerView:
     scale: float
     kept: Floats = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
     scored_until: int = 0
+    retention: Floats | None = None
 
 
 class Scorer(ABC):
@@ -51,6 +53,8 @@ class Scorer(ABC):
     keeps_scores: ClassVar[bool] = False
     """Whether the view must hold what it gave the pairs the last time: the cache then keeps that, in forks and
     snapshots, too."""
+    needs_retention: ClassVar[bool] = False
+    """Whether it looks at what the graph's retention heads say; the package must be calibrated for its name then."""
 
     @classmethod
     def scoring_bytes_per_token(cls, kv_heads: int, head_size: int) -> int:

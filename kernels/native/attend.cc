@@ -19,12 +19,13 @@ constexpr int kLongChunk = 48, kQueriesOfLongChunk = 64, kQueriesOfShortChunk = 
 
 void KVCache::attend(const AttentionSettings& s, const float* queries, const float* keys, const float* values,
                      const int64_t* positions, int tokens, const float* frequencies, float* out,
-                     const Parallel& parallel) {
+                     const Parallel& parallel, const float* retention) {
   if (s.layer < 0 || s.layer >= shape_.layers) throw std::invalid_argument("the cache has no such layer");
   if (s.rope_dims < 0 || s.rope_dims % 2 || s.rope_dims > shape_.head_size)
     throw std::invalid_argument("rope_dims must be even and at most head_size");
   if (!shape_.windows.empty() && s.window != shape_.windows[s.layer])
     throw std::invalid_argument("the cache was made for another window of this layer");
+  if (shape_.retention && !retention) throw std::invalid_argument("the graph gives no retention, which the cache keeps");
   if (tokens == 0) return;
   Layer& layer = layers_[s.layer];
   for (const Head& head : layer.heads)  // pages are skipped by their first and last position
@@ -45,7 +46,7 @@ void KVCache::attend(const AttentionSettings& s, const float* queries, const flo
   parallel(slices + KV, [&](size_t task) {
     if (task < size_t(KV)) {
       append(layer.heads[task], keys + task * D, values + task * D, int64_t(KV) * D, work_.positions.data(), tokens,
-             work_.rope.data(), half);
+             work_.rope.data(), half, retention ? retention + task : nullptr);
       return;
     }
     const int first = int(task - KV) * kSlice, last = std::min(tokens, first + kSlice);

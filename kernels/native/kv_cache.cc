@@ -60,7 +60,7 @@ KVCache::KVCache(const CacheShape& shape) : shape_(shape) {
     throw std::invalid_argument("KVCache: windows must have one number for each layer");
   for (int window : shape.windows)
     if (window < 0) throw std::invalid_argument("KVCache: a window must not be negative");
-  pool_ = std::make_shared<PagePool>(shape.head_size, shape.storage, shape.limit_bytes);
+  pool_ = std::make_shared<PagePool>(shape.head_size, shape.storage, shape.limit_bytes, shape.retention);
   layers_.resize(shape.layers);
   for (Layer& layer : layers_) layer.heads.resize(shape.kv_heads);
   archive_index_.assign(shape.layers, -1);
@@ -92,8 +92,9 @@ Page& KVCache::writable(Head& head, int page) {
   return *slot;
 }
 
+// `retention` has a score for every kv_heads-th number; null: none is known, and the pairs are the first to go.
 void KVCache::append(Head& head, const float* keys, const float* values, int64_t stride, const int32_t* positions,
-                     int tokens, const float* rope, int half) {
+                     int tokens, const float* rope, int half, const float* retention) {
   const int D = shape_.head_size;
   float rotated[256];
   for (int t = 0; t < tokens; ++t) {
@@ -106,6 +107,8 @@ void KVCache::append(Head& head, const float* keys, const float* values, int64_t
     for (int d = 0; d < D; ++d) put(page.keys(), shape_.storage, key_index(slot, d, D), rotated[d]);
     for (int d = 0; d < D; ++d) put(page.values(), shape_.storage, size_t(slot) * D + d, v[d]);
     page.positions()[slot] = positions[t];
+    if (float* scores = page.retention())
+      scores[slot] = retention ? retention[size_t(t) * shape_.kv_heads] : std::numeric_limits<float>::lowest();
     ++head.tokens;
   }
 }
@@ -284,6 +287,7 @@ void copy_token(const Page& source, int from, Page& target, int to, int head_siz
   std::memcpy(static_cast<T*>(target.values()) + size_t(to) * head_size,
               static_cast<const T*>(source.values()) + size_t(from) * head_size, head_size * sizeof(T));
   target.positions()[to] = source.positions()[from];
+  if (const float* scores = source.retention()) target.retention()[to] = scores[from];
 }
 }  // namespace
 
@@ -450,7 +454,7 @@ void KVCache::return_to_hot(int position) {
       Head& head = layer.heads[kv];
       archive_->read(index, int(kv), from, position, keys.data(), values.data());
       truncate(head, 0);  // what was hot before `from` is in the archive, too; heads must hold equally many
-      append(head, keys.data(), values.data(), D, positions.data(), used, rope.data(), half);
+      append(head, keys.data(), values.data(), D, positions.data(), used, rope.data(), half, nullptr);
       head.committed = head.tokens;
     }
   }
@@ -522,6 +526,12 @@ void KVCache::read(int layer, int kv_head, bool rotated, float* keys, float* val
 void KVCache::positions(int layer, int kv_head, int32_t* out) const {
   const Head& head = layers_.at(layer).heads.at(kv_head);
   for (int t = 0; t < head.tokens; ++t) out[t] = head.pages[t / kPageTokens]->positions()[t % kPageTokens];
+}
+
+void KVCache::retention(int layer, int kv_head, float* out) const {
+  const Head& head = layers_.at(layer).heads.at(kv_head);
+  if (!shape_.retention) throw std::invalid_argument("this KV cache keeps no retention scores");
+  for (int t = 0; t < head.tokens; ++t) out[t] = head.pages[t / kPageTokens]->retention()[t % kPageTokens];
 }
 
 size_t KVCache::bytes() const {

@@ -21,6 +21,7 @@ struct CacheShape {
   size_t limit_bytes;    // of pages; 0: no limit
   std::shared_ptr<const ArchiveSettings> archive;  // null: what leaves the hot tier is forgotten
   std::vector<int> windows;  // tokens that each layer sees, the query's own included; 0: everything. Empty: no windows
+  bool retention = false;  // each hot pair has a score, which the graph gives with it
   int window(int layer) const { return windows.empty() ? 0 : windows[layer]; }
 };
 
@@ -42,9 +43,11 @@ class KVCache {
 
   // Appends keys and values of a chunk (before RoPE) to a layer and attends to everything that the layer holds.
   // queries [tokens, heads, D], keys and values [tokens, kv_heads, D], positions [tokens] ascending,
-  // frequencies [rope_dims / 2], out [tokens, heads, D].
+  // frequencies [rope_dims / 2], out [tokens, heads, D]; retention [tokens, kv_heads], which a cache without room for
+  // scores passes over.
   void attend(const AttentionSettings&, const float* queries, const float* keys, const float* values,
-              const int64_t* positions, int tokens, const float* frequencies, float* out, const Parallel&);
+              const int64_t* positions, int tokens, const float* frequencies, float* out, const Parallel&,
+              const float* retention = nullptr);
 
   // What the last graph run appended is part of the conversation. Layers with a window forget whole pages that no query
   // at the next position sees, nor one at up to kWindowSlack positions before it.
@@ -83,6 +86,7 @@ class KVCache {
 
   int tokens(int layer, int kv_head) const;
   void positions(int layer, int kv_head, int32_t* out) const;
+  void retention(int layer, int kv_head, float* out) const;  // [tokens], of a cache that has it
   // Copies: keys (before RoPE, or after it when `rotated`), values [tokens, D], positions [tokens]
   void read(int layer, int kv_head, bool rotated, float* keys, float* values, int32_t* positions) const;
   // The observed queries before RoPE [n, heads, D] and their positions [n]
@@ -133,7 +137,7 @@ class KVCache {
   Page& writable(Head&, int page);
   void truncate(Head&, int tokens);
   void append(Head&, const float* keys, const float* values, int64_t stride, const int32_t* positions, int tokens,
-              const float* rope, int half);
+              const float* rope, int half, const float* retention);
   static int32_t position_of(const Head&, int token);
   static int first_at(const Head&, int position);
   void read_range(const Head&, int first, int count, float* keys, float* values, int32_t* positions) const;

@@ -105,14 +105,15 @@ PYBIND11_MODULE(_native, m) {
   bind_state(kv);
   kv.def(py::init([](int layers, int heads, int kv_heads, int head_size, const std::string& storage, int thread_count,
                        int observed_queries, size_t limit_bytes, const std::optional<py::dict>& archive,
-                       const std::vector<int>& windows) {
+                       const std::vector<int>& windows, bool retention) {
              return std::make_unique<CacheHandle>(std::make_shared<KVCache>(CacheShape{
                  layers, heads, kv_heads, head_size, parse_storage(storage), thread_count, observed_queries,
-                 limit_bytes, archive ? archive_settings(*archive) : nullptr, windows}));
+                 limit_bytes, archive ? archive_settings(*archive) : nullptr, windows, retention}));
            }),
            py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"),
            py::arg("storage") = "fp32", py::arg("threads") = 1, py::arg("observed_queries") = 0,
-           py::arg("limit_bytes") = 0, py::arg("archive") = py::none(), py::arg("windows") = std::vector<int>())
+           py::arg("limit_bytes") = 0, py::arg("archive") = py::none(), py::arg("windows") = std::vector<int>(),
+           py::arg("retention") = false)
       .def_property_readonly("handle", &CacheHandle::id)
       .def_property_readonly("closed", &CacheHandle::closed)
       .def("close", &CacheHandle::close)
@@ -213,6 +214,12 @@ PYBIND11_MODULE(_native, m) {
         cache.positions(layer, kv_head, positions.mutable_data());
         return positions;
       }, py::arg("layer"), py::arg("kv_head"))
+      .def("retention", [](const CacheHandle& self, int layer, int kv_head) {
+        const KVCache& cache = self.get();
+        py::array_t<float> scores(cache.tokens(layer, kv_head));
+        cache.retention(layer, kv_head, scores.mutable_data());
+        return scores;
+      }, py::arg("layer"), py::arg("kv_head"), "What the graph said each held pair will be worth, float32 [tokens].")
       .def("read", [](const CacheHandle& self, int layer, int kv_head, bool rotated) {
         const KVCache& cache = self.get();
         const py::ssize_t n = cache.tokens(layer, kv_head), d = cache.shape().head_size;
@@ -239,23 +246,27 @@ PYBIND11_MODULE(_native, m) {
       }, py::arg("layer"), "Of the layer's RoPE [rotated dimensions / 2]; empty before its first run.")
       .def("attend", [](CacheHandle& self, int layer, const Array<float>& q, const Array<float>& k,
                         const Array<float>& v, const Array<int64_t>& positions, const Array<float>& frequencies,
-                        float scale, float softcap, int window, float attention_factor, int thread_count) {
+                        float scale, float softcap, int window, float attention_factor, int thread_count,
+                        const std::optional<Array<float>>& retention) {
         const std::shared_ptr<KVCache> cache = self.shared();  // outlives a close() from another thread
         const CacheShape& s = cache->shape();
         const auto shaped = [&](const Array<float>& a, int heads) {
           return a.ndim() == 3 && a.shape(0) == positions.size() && a.shape(1) == heads && a.shape(2) == s.head_size;
         };
         expect(shaped(q, s.heads) && shaped(k, s.kv_heads) && shaped(v, s.kv_heads), "q, k or v has the wrong shape");
+        expect(!retention || (retention->ndim() == 2 && retention->shape(0) == positions.size() &&
+                              retention->shape(1) == s.kv_heads), "retention must be [tokens, kv_heads]");
         py::array_t<float> out({q.shape(0), q.shape(1), q.shape(2)});
         const AttentionSettings settings{layer, scale, softcap, window, int(frequencies.size()) * 2, attention_factor};
         float* to = out.mutable_data();
+        const float* scores = retention ? retention->data() : nullptr;
         {
           py::gil_scoped_release release;
           cache->attend(settings, q.data(), k.data(), v.data(), positions.data(), int(positions.size()),
-                        frequencies.data(), to, threads(thread_count));
+                        frequencies.data(), to, threads(thread_count), scores);
         }
         return out;
       }, py::arg("layer"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("positions"), py::arg("frequencies"),
          py::kw_only(), py::arg("scale"), py::arg("softcap") = 0.0f, py::arg("window") = 0,
-         py::arg("attention_factor") = 1.0f, py::arg("threads") = 1);
+         py::arg("attention_factor") = 1.0f, py::arg("threads") = 1, py::arg("retention") = py::none());
 }

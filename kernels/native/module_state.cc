@@ -24,11 +24,11 @@ py::bytes filled(size_t bytes, Fill fill) {
 
 std::unique_ptr<CacheHandle> restored(int layers, int heads, int kv_heads, int head_size, const std::string& storage,
                                       int thread_count, int observed_queries, size_t limit_bytes,
-                                      const std::optional<py::dict>& archive, const std::vector<int>& windows, int tokens,
-                                      const py::iterable& blobs, int descriptor,
+                                      const std::optional<py::dict>& archive, const std::vector<int>& windows,
+                                      bool retention, int tokens, const py::iterable& blobs, int descriptor,
                                       const std::vector<uint64_t>& payload_offsets) {
   CacheState state({layers, heads, kv_heads, head_size, parse_storage(storage), thread_count, observed_queries,
-                    limit_bytes, archive ? archive_settings(*archive) : nullptr, windows},
+                    limit_bytes, archive ? archive_settings(*archive) : nullptr, windows, retention},
                    tokens, descriptor >= 0 ? std::make_shared<FlashFile>(descriptor) : nullptr);
   size_t layer = 0;
   for (const py::handle& blob : blobs) {
@@ -72,7 +72,7 @@ void bind_state(py::class_<CacheHandle>& cache) {
       .def_static("restored", &restored, py::kw_only(), py::arg("layers"), py::arg("heads"), py::arg("kv_heads"),
                   py::arg("head_size"), py::arg("storage") = "fp32", py::arg("threads") = 1,
                   py::arg("observed_queries") = 0, py::arg("limit_bytes") = 0, py::arg("archive") = py::none(),
-                  py::arg("windows") = std::vector<int>(), py::arg("tokens"), py::arg("blobs"), py::arg("descriptor") = -1,
+                  py::arg("windows") = std::vector<int>(), py::arg("retention") = false, py::arg("tokens"), py::arg("blobs"), py::arg("descriptor") = -1,
                   py::arg("payload_offsets") = std::vector<uint64_t>(),
                   "A cache from the blobs of save_layer(), one for each layer. Payloads lie in the file of `descriptor`, "
                   "which may be closed afterwards. ValueError: they do not fit; RuntimeError: no room, or the disk failed.");

@@ -186,8 +186,9 @@ class MixtureOfExperts {
 class CachedAttention {
  public:
   static constexpr const char* kName = "CachedAttention";
-  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64, ort::kInt64, ort::kFloat};
-  static constexpr size_t kInputCount = 6, kRequiredInputs = 6;
+  static constexpr int kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt64, ort::kInt64, ort::kFloat,
+                                    ort::kFloat};
+  static constexpr size_t kInputCount = 7, kRequiredInputs = 6;
   explicit CachedAttention(const ort::KernelInfo* info)
       : heads_(int(std::clamp<int64_t>(api.attribute_int(info, "heads"), -1, 1 << 20))),
         kv_heads_(int(std::clamp<int64_t>(api.attribute_int(info, "kv_heads"), -1, 1 << 20))),
@@ -213,10 +214,17 @@ class CachedAttention {
         k.rows != q.rows || v.rows != q.rows || length(positions) != q.rows ||
         length(frequencies) != settings_.rope_dims / 2)
       throw std::invalid_argument("satchel.CachedAttention: the inputs' shapes disagree");
+    const float* retention = nullptr;
+    if (api.input_count(context) > 6 && api.input(context, 6)) {
+      const Matrix scores = matrix(context, 6);
+      if (scores.rows != q.rows || scores.columns != kv_heads_)
+        throw std::invalid_argument("satchel.CachedAttention: retention has the wrong shape");
+      retention = scores.data;
+    }
     const int64_t sizes[2] = {q.rows, q.columns};
     float* out = api.data<float>(api.output(context, 0, sizes, 2));
     cache->attend(settings_, q.data, k.data, v.data, api.data<const int64_t>(positions), int(q.rows),
-                  api.data<const float>(frequencies), out, pool_of(context));
+                  api.data<const float>(frequencies), out, pool_of(context), retention);
   }
 
  private:

@@ -33,14 +33,15 @@ void unmap_memory(void* p, [[maybe_unused]] size_t bytes) {
   munmap(p, bytes);
 #endif
 }
-size_t bytes_of_page(int head_size, Storage storage) {
-  const size_t raw = 2 * size_t(kPageTokens) * head_size * element_bytes(storage) + kPageTokens * sizeof(int32_t);
+size_t bytes_of_page(int head_size, Storage storage, bool retention) {
+  const size_t raw = 2 * size_t(kPageTokens) * head_size * element_bytes(storage) + kPageTokens * sizeof(int32_t) +
+                     (retention ? kPageTokens * sizeof(float) : 0);
   return (raw + 63) / 64 * 64;
 }
 }  // namespace
 
-PagePool::PagePool(int head_size, Storage storage, size_t limit_bytes)
-    : page_bytes_(bytes_of_page(head_size, storage)), limit_bytes_(limit_bytes) {}
+PagePool::PagePool(int head_size, Storage storage, size_t limit_bytes, bool retention)
+    : page_bytes_(bytes_of_page(head_size, storage, retention)), limit_bytes_(limit_bytes), retention_(retention) {}
 
 PagePool::~PagePool() {
   for (void* slab : slabs_) unmap_memory(slab, kSlabPages * page_bytes_);
@@ -80,6 +81,7 @@ Page::Page(std::shared_ptr<PagePool> pool, int head_size, Storage storage)
     : pool_(std::move(pool)), memory_(pool_->take()), values_at_(size_t(kPageTokens) * head_size * element_bytes(storage)) {
   std::memset(memory_, 0, 2 * values_at_);  // unused slots are multiplied by zero: they must not hold a NaN
   std::fill_n(positions(), kPageTokens, INT32_MAX);
+  if (float* scores = retention()) std::fill_n(scores, kPageTokens, 0.0f);
 }
 Page::~Page() { pool_->give_back(memory_); }
 

@@ -22,12 +22,13 @@ class OutOfPages : public std::runtime_error {
 
 class PagePool : public std::enable_shared_from_this<PagePool> {
  public:
-  PagePool(int head_size, Storage storage, size_t limit_bytes);
+  PagePool(int head_size, Storage storage, size_t limit_bytes, bool retention = false);
   ~PagePool();
   PagePool(const PagePool&) = delete;
   PagePool& operator=(const PagePool&) = delete;
 
   size_t page_bytes() const { return page_bytes_; }
+  bool retention() const { return retention_; }
   size_t limit_bytes() const { return limit_bytes_; }
   size_t used_bytes() const;
   size_t peak_bytes() const;
@@ -38,6 +39,7 @@ class PagePool : public std::enable_shared_from_this<PagePool> {
   void give_back(uint8_t* memory);
 
   const size_t page_bytes_, limit_bytes_;
+  const bool retention_;
   mutable std::mutex mutex_;
   std::vector<void*> slabs_;
   std::vector<uint8_t*> free_;
@@ -55,6 +57,8 @@ class Page {
   void* keys() const { return memory_; }
   void* values() const { return memory_ + values_at_; }
   int32_t* positions() const { return reinterpret_cast<int32_t*>(memory_ + 2 * values_at_); }
+  // What the graph said each pair will be worth [kPageTokens]; null in a pool whose pages have no room for it.
+  float* retention() const { return pool_->retention() ? reinterpret_cast<float*>(positions() + kPageTokens) : nullptr; }
   void copy_from(const Page& other);
 
  private:

@@ -15,8 +15,9 @@ namespace satchel {
 
 namespace {
 
-constexpr uint32_t kVersion = 2;        // 2: codes of four bits in digests of channels
-constexpr uint32_t kRaggedVersion = 3;  // the heads of the layer hold different numbers of tokens; no archive
+constexpr uint32_t kVersion = 2;           // 2: codes of four bits in digests of channels
+constexpr uint32_t kRaggedVersion = 3;     // the heads of the layer hold different numbers of tokens; no archive
+constexpr uint32_t kRetentionVersions = 2;  // more than these two, in caches with retention scores
 
 [[noreturn]] void damaged(const std::string& what) {
   throw std::invalid_argument("a saved KV cache does not fit or is damaged: " + what);
@@ -153,7 +154,7 @@ void CacheState::write_layer(const KVCache& cache, int layer_index, Writer& w) {
   const Archive* archive = index >= 0 ? cache.archive_.get() : nullptr;
   const Archive::Layer* archived = archive ? &archive->layers_[index] : nullptr;
   const bool chosen = archived && archived->chosen_at >= 0;
-  w.number(ragged ? kRaggedVersion : kVersion);
+  w.number((ragged ? kRaggedVersion : kVersion) + (s.retention ? kRetentionVersions : 0));
   for (int number : {s.heads, s.kv_heads, s.head_size, int(s.storage), most,
                      int(layer.observed_positions.size()), int(layer.frequencies.size())})
     w.number(uint32_t(number));
@@ -189,6 +190,8 @@ void CacheState::write_pages(const KVCache& cache, const KVCache::Head& head, Wr
     std::memcpy(to + side, head.pages[p]->values(), side);
     clear_unused(cache.shape_, tokens, to, to + side);
   }
+  for (size_t p = 0; p < head.pages.size() && cache.shape_.retention; ++p)
+    w.put(head.pages[p]->retention(), std::min(kPageTokens, head.tokens - int(p) * kPageTokens) * sizeof(float));
 }
 
 void CacheState::write_head(const Archive& archive, const Archive::Head& h, bool chosen, Writer& w) {
@@ -259,8 +262,11 @@ CacheState::CacheState(const CacheShape& shape, int tokens, std::shared_ptr<Flas
 
 CacheState::Counts CacheState::read_counts(Reader& r) {
   const CacheShape& s = cache_->shape_;
-  const uint32_t version = r.number();
-  if (version != kVersion && version != kRaggedVersion) damaged("another version wrote it");
+  uint32_t version = r.number();
+  if (version < kVersion || version > kRaggedVersion + kRetentionVersions) damaged("another version wrote it");
+  if (s.retention != (version > kRaggedVersion))
+    damaged("it has retention scores where none are kept, or the reverse");
+  if (s.retention) version -= kRetentionVersions;
   for (int expected : {s.heads, s.kv_heads, s.head_size, int(s.storage)})
     if (r.number() != uint32_t(expected)) damaged("it is of another model or storage");
   Counts c{};
@@ -354,6 +360,10 @@ void CacheState::read_pages(KVCache::Layer& layer, int kv_head, const Counts& c,
     clear_unused(s, tokens, static_cast<uint8_t*>(page->keys()), static_cast<uint8_t*>(page->values()));
     std::copy_n(positions.begin() + at, tokens, page->positions());
     head.pages.push_back(std::move(page));
+  }
+  if (s.retention) {
+    const std::vector<float> scores = r.finite(uint64_t(all), "retention scores");
+    for (int t = 0; t < all; ++t) head.pages[t / kPageTokens]->retention()[t % kPageTokens] = scores[t];
   }
   head.tokens = head.committed = all;
 }

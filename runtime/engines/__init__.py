@@ -55,4 +55,4 @@ def open_engine(
             f"{package.folder} is of the {package.manifest.flavour} flavour, which runs on device cpu, not {device}; "
             "export the model with --flavour portable"
         )
-    return NativeEngine(package, threads)
+    return NativeEngine(package, threads, settings)

@@ -11,21 +11,27 @@ from numpy.typing import NDArray
 
 from ... import kernels
 from ...cache import FULL_MESSAGE, ArchiveOptions, CacheFullError, CacheSettings, CacheShape, KVCache
+from ...cache.scorers import find_scorer
 from ...cache.snapshots import Snapshot
 from ...devices.planner import Costs
 from ...errors import ModelError
+from ...export.calibration.files import RetentionHeads, open_retention
 from ...export.package import Package
 from ..memory import costs_of
 from .base import Cancelled, ConversationCache, Engine
 
 
 class NativeEngine(Engine):
-    """Packages of the native flavour."""
+    """Packages of the native flavour. A scorer in ``settings`` that needs retention heads brings them into the graph.
+
+    Raises:
+        ModelError: the package cannot be loaded, or is not calibrated for that scorer.
+    """
 
     recalls = True
     saves = True
 
-    def __init__(self, package: Package, threads: int) -> None:
+    def __init__(self, package: Package, threads: int, settings: CacheSettings | None = None) -> None:
         self.package = package
         self.threads = threads
         spec = package.spec
@@ -40,8 +46,12 @@ class NativeEngine(Engine):
         )
         self._lock = threading.Lock()
         self._running: tuple[KVCache, ort.RunOptions] | None = None
+        scorer = find_scorer((settings or CacheSettings()).scorer)
+        heads = open_retention(package, scorer.name) if scorer.needs_retention else None
+        if heads is not None:
+            self.state_key = {"retention": heads.sha256}
         try:
-            self._session = _session(package, session_options(threads))
+            self._session = _session(package, heads, session_options(threads))
         except Exception as error:  # ONNX Runtime raises its own kinds, all of them about the file here
             raise ModelError(
                 f"{package.model_file} cannot be loaded ({_line(error)}); export the model again"
@@ -124,12 +134,14 @@ class NativeEngine(Engine):
             running[1].terminate = True
 
 
-def _session(package: Package, options: ort.SessionOptions) -> ort.InferenceSession:
+def _session(
+    package: Package, heads: RetentionHeads | None, options: ort.SessionOptions
+) -> ort.InferenceSession:  # fmt: skip
     graph: str | bytes = str(package.model_file)
-    if package.yarn_factor > 1:
-        from ...export.graph import stretched_graph  # brings onnx with it
+    if package.yarn_factor > 1 or heads is not None:
+        from ...export.fitted_graph import fitted_graph  # brings onnx with it
 
-        graph = stretched_graph(package.model_file, package.spec)
+        graph = fitted_graph(package, heads)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(package.folder))
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

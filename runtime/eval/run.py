@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...cache.scorers import scorer_names
 from ...devices.files.cache_folder import cache_folder
 from ...devices.machine import cores_usable
 from ...devices.reporting import Notice, Progress, log_notice, no_progress
 from ...errors import ContextLengthError, ModelError, OptionError
+from ...export.calibration.files import read_records
 from ...export.package import Package
 from ...export.resolve import resolve_model
 from ..bench.run import PEER, peer_file
@@ -240,7 +242,7 @@ def _results(
     found: dict[str, dict[str, Results]] = {}
     file_settings = {"file_kv": dict(package.manifest.kv)} if package.manifest.kv else {}
     for side in sides:
-        identity = dict(side.identity)
+        identity = dict(side.identity) | _calibration(side, package)
         if side.kv_type and peer is not None:
             identity |= {"file": peer.name, "file_bytes": peer.stat().st_size}
         if suite.compares_rows and side.label != side.reference and side.reference in labels:
@@ -251,6 +253,13 @@ def _results(
         }  # fmt: skip
         found[side.label] = {task: Results(folder, {**about, "task": task}) for task in asked.tasks}
     return found
+
+
+def _calibration(side: Side, package: Package) -> dict[str, str]:
+    """Of a side whose scorer was calibrated: other heads, other results."""
+    name = side.policy if side.policy in scorer_names() else side.kv.get("scorer", "")
+    record = read_records(package.folder).get(str(name), {})
+    return {"calibration": str(record["sha256"])} if "sha256" in record else {}
 
 
 def _speaker(package: Package) -> Speaker:

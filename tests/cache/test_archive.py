@@ -46,7 +46,8 @@ def read(cache: KVCache, tokens: int, seed: int = 0) -> Array:
     outs = []
     for layer in range(LAYERS):
         q, k, v = (rng.normal(size=(tokens, heads, SIZE)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS))
-        outs.append(cache._native.attend(layer, q, k, v, places, FREQUENCIES, scale=SHAPE.scale))
+        scores = k[..., 0].copy()
+        outs.append(cache._native.attend(layer, q, k, v, places, FREQUENCIES, scale=SHAPE.scale, retention=scores))
     cache.commit(tokens)
     return np.stack(outs)
 

@@ -44,7 +44,10 @@ def read(cache: KVCache, tokens: int, seed: int = 0, keys: tuple[float, float] =
     for layer in range(SHAPE.layers):
         q, k, v = (rng.normal(size=(tokens, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
         k *= np.array(keys, np.float32)[:, None]
-        outs.append(native(cache).attend(layer, q, k, v, places, FREQUENCIES[layer], scale=SHAPE.scale))
+        scores = k[..., 0].copy()
+        outs.append(
+            native(cache).attend(layer, q, k, v, places, FREQUENCIES[layer], scale=SHAPE.scale, retention=scores)
+        )
     cache.commit(tokens)
     return np.stack(outs)
 

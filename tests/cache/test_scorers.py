@@ -36,6 +36,7 @@ def make_view(seed: int = 0, queries: int = QUERIES) -> LayerView:
         frequencies=FREQUENCIES,
         scale=SIZE**-0.5,
         kept=np.zeros((KV_HEADS, TOKENS), np.float32),
+        retention=rng.normal(size=(KV_HEADS, TOKENS)).astype(np.float32),
     )
 
 
@@ -95,6 +96,11 @@ def plant_a_short_key(view: LayerView) -> None:
     view.keys[:, PLANTED] *= 0.1
 
 
+def plant_foretold_pair(view: LayerView) -> None:
+    assert view.retention is not None
+    view.retention[:, PLANTED] = 9.0
+
+
 def nothing(view: LayerView) -> None:
     del view
 
@@ -110,6 +116,7 @@ ROWS: dict[str, Row] = {
     "finch": Row(plant_key_of_the_last_queries, PLANTED),
     "actqkv": Row(plant_a_key_of_outstanding_queries, PLANTED),
     "knorm": Row(plant_a_short_key, PLANTED),
+    "kvzap": Row(plant_foretold_pair, PLANTED),
 }
 
 
@@ -144,7 +151,9 @@ def test_ranking(name: str) -> None:
 def test_the_view_stays_as_it_was(name: str) -> None:
     view, again = make_view(), make_view()
     find_scorer(name).score(view)
-    for field in ("keys", "values", "positions", "queries", "query_positions", "frequencies", "kept"):
+    for field in (
+        "keys", "values", "positions", "queries", "query_positions", "frequencies", "kept", "retention",
+    ):  # fmt: skip
         np.testing.assert_array_equal(getattr(view, field), getattr(again, field))
 
 
@@ -172,8 +181,9 @@ def test_few_tokens(name: str, tokens: int) -> None:
     """Fewer tokens than snapkv's pooling window, and one query alone."""
     view = make_view(queries=1)
     last = slice(TOKENS - tokens, TOKENS)
+    assert view.retention is not None
     few = replace(view, keys=view.keys[:, last], values=view.values[:, last], positions=view.positions[:, last],
-                  kept=view.kept[:, last])  # fmt: skip
+                  kept=view.kept[:, last], retention=view.retention[:, last])  # fmt: skip
     scores = find_scorer(name).score(few)
     assert scores.shape == (KV_HEADS, tokens)
     assert np.isfinite(scores).all()
@@ -363,7 +373,8 @@ def test_what_a_scorer_declares(name: str) -> None:
     view = LayerView(keys.copy() if scorer.needs_pairs else keys[..., :0],
                      values.copy() if scorer.needs_values else values[..., :0], places.copy(),
                      rng.normal(size=(queries, 8, size)).astype(np.float32), places[0, -queries:], frequencies, 0.1,
-                     kept=np.zeros((heads, tokens), np.float32))  # fmt: skip
+                     kept=np.zeros((heads, tokens), np.float32),
+                     retention=np.zeros((heads, tokens), np.float32))  # fmt: skip
     scorer.score(view)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -562,7 +562,7 @@ def test_the_random_checker_notices() -> None:
         conversation.append(branch)
         held = branch.twin.heads[0][0]
     branch.twin.heads[0][0] = reference.HeadReference(
-        held.raw_keys, held.keys, held.values, held.positions + 1
+        held.raw_keys, held.keys, held.values, held.positions + 1, held.retention
     )
     with pytest.raises(AssertionError):
         conversation.check()

@@ -1,0 +1,91 @@
+"""What each cached pair was worth to later queries: KVzap's labels (arXiv 2601.07891), taken while a window is read.
+
+A pair adds a . W_o v to the residual stream of a query that gives it the weight a; relative to what that stream's
+attention reads, h, that is a ||W_o v|| / ||h||. The label of a token and KV head is the logarithm of the largest such
+share over later queries and the heads that read the KV head.
+
+Which queries: those that read the same text once more, after a request to repeat it (``repeat``, as the paper and
+KVzip do); or those of the text itself that come after the token (``later``), which takes half of the time, and is what
+layers with a sliding window always use, as they see nothing of a text that is a window ago.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .decoder import LayerActivations, Observer, Tensor, require_torch
+
+TARGETS = ("repeat", "later")
+LEAST_SHARE = 1e-12  # smaller ones are all the same to us, and 0 has no logarithm
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of text as the decoder reads it: tokens ``first`` ... ``end`` of ``ids`` are labelled, and from
+    ``repeated`` on they come again (None: they do not).
+    """
+
+    ids: tuple[int, ...]
+    first: int
+    end: int
+    repeated: int | None
+
+
+class Labels(Observer):
+    """Calls ``take(layer, inputs, labels)`` at the end of each layer: float32 [C, hidden] and [C, K] of the labelled
+    tokens. After the run, `finish` does so for the last layer.
+    """
+
+    def __init__(
+        self, window: Window, windows: tuple[int, ...], take: Callable[[int, Tensor, Tensor], object]
+    ) -> None:
+        self._torch = require_torch()
+        self._window = window
+        self._windows = windows
+        self._take = take
+        self._seen: LayerActivations | None = None
+        self._best: Tensor = None
+        self._share: Tensor = None
+
+    def enter(self, activations: LayerActivations, /) -> None:
+        self.finish()
+        torch, span = self._torch, self._window
+        heads = activations.queries.shape[1]
+        self._seen = activations
+        self._best = torch.zeros(heads, span.end - span.first)
+        self._share = 1 / activations.inputs.norm(dim=-1).clamp_min(LEAST_SHARE)
+
+    def attended(self, head: int, first: int, weights: Tensor, /) -> None:
+        assert self._seen is not None
+        span, end = self._window, first + len(weights)
+        repeated = None if self._windows[self._seen.layer] else span.repeated
+        start = max(first, span.first if repeated is None else repeated)
+        seen = weights[start - first :, span.first : span.end]
+        if start >= end or not seen.shape[1]:
+            return
+        if repeated is None:  # not the token itself, nor what it cannot know
+            seen = seen.tril(start - span.first - 1)
+        shares = (seen * self._share[start:end, None]).amax(dim=0)
+        best = self._best[head, : len(shares)]
+        self._torch.maximum(best, shares, out=best)
+
+    def finish(self) -> None:
+        """Hands over the layer that was entered last."""
+        if self._seen is not None:
+            with self._torch.inference_mode():
+                self._hand_over(self._seen)
+        self._seen = None
+
+    def _hand_over(self, found: LayerActivations) -> None:
+        span = self._window
+        heads, size = found.queries.shape[1:]
+        kv_heads = found.values.shape[1]
+        group = heads // kv_heads
+        for head in range(heads):
+            output = found.output_weight[:, head * size : (head + 1) * size]
+            values = found.values[span.first : span.end, head // group]
+            squares = (values @ (output.T @ output) * values).sum(dim=-1)  # of W_o v, without making it
+            self._best[head] *= squares.clamp_min(0).sqrt()
+        worth = self._best.view(kv_heads, group, -1).amax(dim=1).clamp_min(LEAST_SHARE).log().T
+        self._take(found.layer, found.inputs[span.first : span.end], worth)

@@ -1,0 +1,63 @@
+"""A package's graph with what a run wants of it: stretched positions, and heads that say what each pair will be worth.
+
+The package stays as it is: weights are still read from its file, which the session must be told the folder of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnx import helper, numpy_helper
+
+from .calibration.files import RetentionHeads
+from .package import Package
+from .rope import rope_frequencies
+from .spec import ModelSpec
+
+ATTENTION = "CachedAttention"
+
+
+def fitted_graph(package: Package, heads: RetentionHeads | None = None) -> bytes:
+    """The graph of a native package, serialized, with the rotary positions of ``package.spec`` in the layers that see
+    everything. ``heads`` become the last input of each attention: ``retention`` float32 [tokens, KV heads].
+    """
+    model = onnx.load(str(package.model_file), load_external_data=False)
+    if package.yarn_factor > 1:
+        _stretch(model.graph, package.spec)
+    if heads is not None:
+        _add_retention(model.graph, heads)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _stretch(graph: Any, spec: ModelSpec) -> None:
+    name = "rope_frequencies.all"
+    for tensor in graph.initializer:
+        if tensor.name == name:
+            tensor.CopyFrom(numpy_helper.from_array(rope_frequencies(spec.rope), name))
+    for node in graph.node:
+        if node.op_type == ATTENTION and name in node.input:
+            for attribute in node.attribute:
+                if attribute.name == "rope_attention_factor":
+                    attribute.f = spec.rope.attention_factor
+
+
+def _add_retention(graph: Any, heads: RetentionHeads) -> None:
+    """One small product per layer, of what the layer's value projection reads."""
+    producers = {output: node for node in graph.node for output in node.output}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == ATTENTION:
+            layer = next(attribute.i for attribute in node.attribute if attribute.name == "layer")
+            at = f"layers.{layer}.retention"
+            for values, name in ((heads.weights[layer], at + ".weight"), (heads.biases[layer], at + ".bias")):
+                graph.initializer.append(numpy_helper.from_array(values, name))
+            read = producers[node.input[2]].input[0]
+            inputs = [read, at + ".weight", at + ".bias"]
+            nodes.append(helper.make_node("Gemm", inputs, [at], name=at + "/Gemm", transB=1))
+            node.input.append(at)
+        nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
