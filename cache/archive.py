@@ -20,8 +20,7 @@ class ArchiveOptions:
     ``reach``: positions that attention may span (the context that the model was trained for), 0 for no bound; what is
     farther away is attended as if it were nearer (InfLLM, arXiv 2402.04617).
     ``warm_bytes`` of encoded pairs stay in memory; older ones go to a nameless file in ``cold_folder``, at most
-    ``cold_bytes`` of them. Of what is recalled from there ``held_bytes`` stay in memory while answering; the rest is
-    read again for every token.
+    ``cold_bytes`` of them, and is read again for every choice.
     """
 
     codec: str
@@ -34,7 +33,6 @@ class ArchiveOptions:
     warm_bytes: int
     cold_folder: str = ""
     cold_bytes: int = 0
-    held_bytes: int = 0
 
     @property
     def step_tokens(self) -> int:
@@ -55,7 +53,6 @@ class ArchiveOptions:
             "recall_every": self.recall_every,
             "window": self.window,
             "reach": self.reach,
-            "held_limit_bytes": self.held_bytes,
             "warm_limit_bytes": self.warm_bytes,
             "cold_folder": self.cold_folder,
             "cold_limit_bytes": self.cold_bytes,

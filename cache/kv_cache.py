@@ -272,7 +272,7 @@ class KVCache:
         """Bytes and tokens by tier."""
         archive = self._native.archive_usage()
         return KVUsage(
-            self._native.bytes + archive["sink_bytes"] + archive["recalled_bytes"],
+            self._native.bytes + archive["sink_bytes"],
             self.held_tokens(),
             self.total_tokens,
             archive["warm_bytes"],

@@ -27,7 +27,7 @@ from satchel.cache.settings import CacheSettings
 from satchel.devices import machine, roofline
 from satchel.devices.flash import DEFAULT_SHARE
 from satchel.devices.planner import CHUNKS, WHOLE_TOKENS, Costs, Wishes, make_plan
-from satchel.devices.planner.archive import RECALL
+from satchel.devices.planner.archive import RECALL_PART_TOKENS, RECALL_TOKENS
 from satchel.devices.planner.plan import ARCHIVE_STEP
 from satchel.export.architectures import ARCHITECTURES, read_model
 from satchel.export.blocks import CARRIED, BlockFormat, BlockTensor
@@ -241,8 +241,8 @@ def test_the_archive() -> None:
     says(6, f"in their {Channels.channels} most important pairs of channels, in 4 bits")
     says(6, f"every {roofline.QUERIES_PER_CHOICE} of its queries", f"one for every {roofline.QUERIES_OF_SHORT_CHUNK};")
     assert CacheSettings().recall_every == 1
-    says(6, "again for every token", f"{RECALL[1]:,} when there is room, fewer")
-    says(6, f"no fewer than {RECALL[0]} unless", "a tenth of the free space")
+    says(6, "again for every token", f"{RECALL_TOKENS:,} unless you say so")
+    says(6, f"are read {RECALL_PART_TOKENS:,} tokens at a time", "a tenth of the free space")
     assert (CacheSettings().retriever, DEFAULT_SHARE) == ("channels", 10)
 
 

@@ -22,9 +22,10 @@ from .plan import (
 )
 
 # Tokens per KV head, least and most; measured in docs/lab-notes.md. Recalled tokens are what quality depends on, and
-# they cost little memory: those on disk are held for one layer at a time.
-SINKS, WINDOW, RECALL = (16, 64), (112, 1024), (768, 4096)
-RUNGS = 32  # half of them for each
+# they cost hardly any memory: those on disk are read and attended to a part at a time, by every thread.
+SINKS, WINDOW = (16, 64), (112, 1024)
+RECALL_TOKENS, RECALL_PART_TOKENS = 4096, 1024
+RUNGS = 16
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class _Work:
 
 
 def splits(wishes: Wishes) -> list[Split]:
-    """From the roomiest to the tightest: first sinks and window shrink, and the chunk with them; then recall, which is
-    what the answers depend on.
+    """From the roomiest to the tightest: sinks and window shrink, and the chunk with them.
 
     A chunk is no longer than the window, which is all that its first token sees in full beside the sinks. Before the
     window shrinks a step, half of its chunk is tried.
@@ -119,15 +119,12 @@ def _least_archived(
 
 
 def _rung(share: float, wishes: Wishes) -> Split:
-    hot_share = max(2 * share - 1, 0)
-    sinks = _between(SINKS, hot_share) if wishes.sinks is None else wishes.sinks
-    window = _between(WINDOW, hot_share) if wishes.window is None else wishes.window
+    sinks = _between(SINKS, share) if wishes.sinks is None else wishes.sinks
+    window = _between(WINDOW, share) if wishes.window is None else wishes.window
     if wishes.hot_tokens is not None:
         window = min(window, max(wishes.hot_tokens - sinks, 1))
     hot = max(sinks + window, wishes.hot_tokens or 0)
-    recall = wishes.recall_tokens
-    if recall is None:
-        recall = _between(RECALL, min(2 * share, 1)) // BLOCK_TOKENS * BLOCK_TOKENS
+    recall = RECALL_TOKENS if wishes.recall_tokens is None else wishes.recall_tokens
     chunk = wishes.chunk or next((size for size in CHUNKS if size <= hot - sinks), CHUNKS[-1])
     return Split(chunk, sinks, window, hot, recall, wishes.step_tokens)
 
@@ -141,9 +138,9 @@ def _pages(tokens: int, split: Split) -> int:
 
 
 def _recall_bytes(cost: ArchiveCost, costs: Costs, split: Split) -> int:
-    """What is recalled from disk at one moment, of a layer: a KV head on each thread, or all for an answer's token."""
-    heads = max(costs.threads, costs.kv_heads) / costs.kv_heads
-    return math.ceil(cost.bytes_per_token / costs.layers * split.recall_tokens * heads)
+    """What is recalled from disk at one moment: a part of one KV head's choice on each thread."""
+    tokens = min(split.recall_tokens, RECALL_PART_TOKENS) * costs.threads
+    return math.ceil(cost.bytes_per_token / (costs.layers * costs.kv_heads) * tokens)
 
 
 def _scored(costs: Costs, split: Split) -> Costs:

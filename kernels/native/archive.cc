@@ -229,7 +229,7 @@ void Archive::trim() {
     for (Head& h : layer.heads) {
       h.high_of_cell.resize(cells_);
       h.tiles.resize(std::min(h.tiles.size(), size_t(pages())));
-      h.recalled = Recalled();
+      h.chosen.clear();
       if (end_ > 0) continue;
       h.sinks.clear();
       h.statistics.reset();  // what comes first next time is measured anew
@@ -324,62 +324,11 @@ bool Archive::lost(int cell) const {
   return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) { return extent_of(layer, cell).lost(); });
 }
 
-Archive::Recalled Archive::gather(int layer_index, int kv_head, const std::vector<int32_t>& chosen) const {
-  const Layer& layer = layers_[layer_index];
-  const Head& h = layer.heads[kv_head];
-  Recalled now;
-  size_t cold = 0;
-  for (int32_t block : chosen) {
-    const Extent& extent = extent_of(layer, block / kCellBlocks);
-    if (extent.lost()) continue;
-    const bool in_place = extent.memory != nullptr;
-    now.blocks.push_back(block);
-    now.at.push_back(in_place ? -1 : int32_t(cold));
-    if (!in_place) cold += bytes_of(h, block);
-  }
-  now.bytes.resize(cold);
-  const Recalled& before = h.recalled;
-  for (size_t i = 0; i < now.blocks.size(); ++i) {
-    if (now.at[i] < 0) continue;
-    const int32_t block = now.blocks[i];
-    const size_t j = size_t(std::lower_bound(before.blocks.begin(), before.blocks.end(), block) - before.blocks.begin());
-    const bool known = j < before.blocks.size() && before.blocks[j] == block && before.at[j] >= 0;
-    if (known && before.at[j] + bytes_of(h, block) <= before.bytes.size())
-      std::memcpy(now.bytes.data() + now.at[i], before.bytes.data() + before.at[j], bytes_of(h, block));
-    else
-      fetch(layer, h, kv_head, block, now.bytes.data() + now.at[i]);
-  }
-  return now;
-}
-
-bool Archive::holds(int layer_index, int kv_head) const {
-  const Layer& layer = layers_[layer_index];
-  const Head& h = layer.heads[kv_head];
-  for (size_t i = 0; i < h.recalled.blocks.size(); ++i) {
-    const int32_t block = h.recalled.blocks[i], at = h.recalled.at[i];
-    if (at < 0 ? !extent_of(layer, block / kCellBlocks).memory : at + bytes_of(h, block) > h.recalled.bytes.size())
-      return false;
-  }
-  return true;
-}
-
-void Archive::note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks) { head(layer, kv_head).expected = blocks; }
-
-void Archive::hold(int layer, int kv_head, const Recalled& chosen) {
-  Recalled& recalled = head(layer, kv_head).recalled;
-  const uint64_t share = settings_.held_limit_bytes / (layers_.size() * layers_[0].heads.size());
-  size_t kept = 0;  // whole blocks
-  for (size_t i = 0; i < chosen.blocks.size(); ++i)
-    if (chosen.at[i] >= 0 && chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]) <= share)
-      kept = chosen.at[i] + bytes_of(head(layer, kv_head), chosen.blocks[i]);
-  recalled = {chosen.blocks, {chosen.bytes.begin(), chosen.bytes.begin() + ptrdiff_t(kept)}, chosen.at};
-}
-
 void Archive::expect(int layer_index) const {
   if (!(file_ && file_->slow()) && !(snapshot_ && snapshot_->slow())) return;
   const Layer& layer = layers_[layer_index];
   for (size_t kv = 0; kv < layer.heads.size(); ++kv)
-    for (int32_t block : layer.heads[kv].expected) {
+    for (int32_t block : layer.heads[kv].chosen) {
       if (block / kCellBlocks >= cells_) continue;
       const int cell = block / kCellBlocks;
       const Extent& extent = extent_of(layer, cell);
@@ -399,36 +348,40 @@ void Archive::sink_blocks(int layer, int kv_head, int32_t last, const std::vecto
   }
 }
 
-void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const Recalled& source,
-                              const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const {
+void Archive::recalled_blocks(int layer_index, int kv_head, int32_t last, const std::vector<int32_t>& chosen, size_t from,
+                              size_t to, const std::vector<int32_t>& hot_positions, std::vector<uint8_t>& bytes,
+                              std::vector<StoredBlock>& out) const {
   const Layer& layer = layers_[layer_index];
   const Head& h = layer.heads[kv_head];
+  size_t read_bytes = 0;
+  for (size_t i = from; i < to; ++i)
+    if (extent_of(layer, chosen[i] / kCellBlocks).file) read_bytes += bytes_of(h, chosen[i]);
+  bytes.resize(read_bytes);
+  uint8_t* read_to = bytes.data();
   int32_t next = first_seen(last) + settings_.sinks;
-  for (size_t i = 0; i < source.blocks.size(); ++i) {
-    const int block = source.blocks[i], page = block / kDigestBlocks, position = block * kBlockTokens;
+  for (size_t i = 0; i < to; ++i) {
+    const int block = chosen[i], cell = block / kCellBlocks, page = block / kDigestBlocks, position = block * kBlockTokens;
     const uint8_t* order = order_of(h, page);
+    next = std::max(next, position);
+    // Tokens of a cluster keep their distances: pages beyond reach lie over one another.
+    const int32_t seen = order ? seen_position(page, last) : next;
+    next += kBlockTokens;
+    const Extent& extent = extent_of(layer, cell);
+    if (i < from || extent.lost()) continue;
     if (order) order += block % kDigestBlocks * kBlockTokens;
     uint16_t hidden = 0;
     for (int t = 0; t < kBlockTokens && !hot_positions.empty(); ++t) {
       const int32_t token = order ? page * kDigestTokens + order[t] : position + t;
       if (std::binary_search(hot_positions.begin(), hot_positions.end(), token)) hidden |= uint16_t(1) << t;
     }
-    const uint8_t* data = nullptr;
-    if (source.at[i] >= 0) {
-      data = source.bytes.data() + source.at[i];
-    } else {
-      const int cell = block / kCellBlocks;
-      const Extent& extent = extent_of(layer, cell);
+    const uint8_t* data = read_to;
+    if (extent.memory) {
       data = extent.memory.get() + extent.place(size_t(kv_head), cell, cell_bytes_) + block_at(h, block);
+    } else {
+      fetch(layer, h, kv_head, block, read_to);
+      read_to += bytes_of(h, block);
     }
-    const BlockFormat* format = is_high(h, block) ? &h.high : &h.low;
-    if (order) {  // tokens of a cluster keep their distances; pages beyond reach lie over one another
-      out.push_back({data, format, seen_position(page, last), hidden, order});
-      continue;
-    }
-    next = std::max(next, position);
-    out.push_back({data, format, next, hidden, nullptr});
-    next += kBlockTokens;
+    out.push_back({data, is_high(h, block) ? &h.high : &h.low, seen, hidden, order});
   }
 }
 
@@ -436,12 +389,6 @@ size_t Archive::sink_bytes() const {
   size_t bytes = 0;
   for (const Layer& layer : layers_)
     for (const Head& h : layer.heads) bytes += h.sinks.size();
-  return bytes;
-}
-size_t Archive::recalled_bytes() const {
-  size_t bytes = 0;
-  for (const Layer& layer : layers_)
-    for (const Head& h : layer.heads) bytes += h.recalled.bytes.size();
   return bytes;
 }
 size_t Archive::digest_bytes() const {

@@ -29,7 +29,6 @@ struct ArchiveSettings {
   int recall_every = 1;    // decode steps from one choice to the next
   int window = 0;          // tokens that come back to the hot tier when later ones are forgotten
   int reach = 0;           // positions that attention may span, the model's trained context; 0: no bound
-  uint64_t held_limit_bytes = 0;  // of recalled blocks from the file that stay in memory from one decode step to the next
   uint64_t warm_limit_bytes = 0;  // of extents in memory; what is more goes to the file, oldest first
   std::string cold_folder;        // empty: no file
   uint64_t cold_limit_bytes = 0;
@@ -80,40 +79,29 @@ class Archive {
   const DigestBasis& basis(int layer, int kv_head) const { return *head(layer, kv_head).basis; }
   int pages() const { return (blocks() + kDigestBlocks - 1) / kDigestBlocks; }
 
-  // The recalled blocks of a head: which, and their bytes when they lie in the file.
-  struct Recalled {
-    std::vector<int32_t> blocks;          // ascending
-    std::vector<uint8_t> bytes;           // of those that came from a file, block by block
-    std::vector<int32_t> at;              // offset into bytes; -1: read in place; past the end: not held
-  };
-  // Blocks (ascending) with the bytes of those that lie in the file, as far as they are not held already. Lost ones are
-  // left out.
-  Recalled gather(int layer, int kv_head, const std::vector<int32_t>& chosen) const;
-  // Keeps a choice for the decode steps to come, and as many of its bytes as the limit allows for a head.
-  void hold(int layer, int kv_head, const Recalled& chosen);
-  const Recalled& recalled(int layer, int kv_head) const { return head(layer, kv_head).recalled; }
-  // Whether the choice can be read as it is. Not so when a part is not held, or a fork has moved blocks to the file.
-  bool holds(int layer, int kv_head) const;
   std::vector<int32_t> available(int layer, int first_block) const;  // from there on, without those that were lost
   bool lost(int cell) const;                   // in any layer
   void forget_choices();                       // the next query chooses anew
   // The tokens of a page's slots, as distances from its first position; null: in order.
   const uint8_t* order(int layer, int kv_head, int page) const { return order_of(head(layer, kv_head), page); }
+  // The blocks (ascending) that a head chose last: a decode step attends to them until it is time to choose again.
+  const std::vector<int32_t>& chosen(int layer, int kv_head) const { return head(layer, kv_head).chosen; }
+  void note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks) { head(layer, kv_head).chosen = blocks; }
   // While the device is slow: tells the system which file ranges this layer chose last. The next choice is near it.
   void expect(int layer) const;
-  void note_choice(int layer, int kv_head, const std::vector<int32_t>& blocks);
-  // What attention reads, moved inside `reach` of position `last`: the sinks, and the blocks in `source`.
+  // What attention reads, moved inside `reach` of position `last`: the sinks, and what is recalled.
   // `hot_positions` (ascending) are attended in the hot tier: they are hidden here.
   void sink_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& hot_positions,
                    std::vector<StoredBlock>& out) const;
-  void recalled_blocks(int layer, int kv_head, int32_t last, const Recalled& source,
-                       const std::vector<int32_t>& hot_positions, std::vector<StoredBlock>& out) const;
+  // Of the `chosen` blocks [from, to), in place or read from the file into `bytes`; those that were lost are left out.
+  void recalled_blocks(int layer, int kv_head, int32_t last, const std::vector<int32_t>& chosen, size_t from, size_t to,
+                       const std::vector<int32_t>& hot_positions, std::vector<uint8_t>& bytes,
+                       std::vector<StoredBlock>& out) const;
   // Where a page is to be scored, seen from a query at `last`.
   int32_t seen_position(int page, int32_t last) const;
   int32_t seen_until(int32_t last) const;  // all positions that attention sees are below this
 
   size_t sink_bytes() const;
-  size_t recalled_bytes() const;
   size_t digest_bytes() const;
   uint64_t warm_bytes() const;
   uint64_t cold_bytes() const;
@@ -136,8 +124,7 @@ class Archive {
     std::vector<uint8_t> sinks;   // blocks of half floats
     std::vector<std::shared_ptr<DigestTile>> tiles;
     std::vector<uint8_t> high_of_cell;  // which block of each cell is stored as `high`
-    Recalled recalled;
-    std::vector<int32_t> expected;  // the blocks of the last choice
+    std::vector<int32_t> chosen;
   };
   struct Layer {
     std::vector<Head> heads;

@@ -15,6 +15,7 @@ constexpr int kTaskRows = 96;        // query rows of one attention task: a page
 // Neighbouring queries choose blocks together: few of them, so that each finds what it needs. In a long chunk (a document
 // that is read) more share a choice, and every fourth has a vote: a choice costs a pass over all digests.
 constexpr int kLongChunk = 48, kQueriesOfLongChunk = 64, kQueriesOfShortChunk = 4, kVoterStride = 4;
+constexpr size_t kPartBlocks = 64;  // of a choice are read from the file at a time
 }  // namespace
 
 void KVCache::attend(const AttentionSettings& s, const float* queries, const float* keys, const float* values,
@@ -237,54 +238,46 @@ std::vector<int32_t> KVCache::archived_positions(const Head& head) const {
   return positions;
 }
 
-// The queries of a chunk attend to the blocks of their choice; a single query to the blocks that were chosen last.
+// The queries attend to the blocks of their choice; a single one that made none, to those that were chosen last. Of
+// what lies in the file a part is read and attended at a time, so that a long choice takes no more memory than a short.
 void KVCache::attend_recalled(const AttentionSettings& s, int tokens, int splits, const std::vector<Choice>& choices,
                               float* out, const Parallel& parallel) {
   const int KV = shape_.kv_heads, G = shape_.heads / KV, rows = tokens * G, last = work_.positions.back();
   const int place = archive_index_[s.layer];
   std::vector<std::vector<int32_t>> still_hot(KV);
   for (int kv = 0; kv < KV; ++kv) still_hot[kv] = archived_positions(layers_[s.layer].heads[kv]);
-  const auto attend = [&](int kv, int split, int first_row, int last_row, const Archive::Recalled& source) {
-    std::vector<StoredBlock> blocks;
-    archive_->recalled_blocks(place, kv, last, source, still_hot[kv], blocks);
+  for (const Choice& choice : choices)
+    if (choice.last == tokens) archive_->note_choice(place, choice.kv_head, choice.blocks);
+  if (!choices.empty()) archive_->expect((place + 1) % archived_layers());
+  const auto attend = [&](int kv, int split, int first_row, int last_row, const std::vector<int32_t>& chosen) {
     AttentionTask task = task_of(s, kv, split, first_row, last_row, rows);
-    const int all = int(blocks.size());
-    task.blocks = blocks.data() + all * split / splits;
-    task.blocks_count = all * (split + 1) / splits - all * split / splits;
     task.rope = work_.table.view();
     task.resume = true;
-    task.normalize = splits == 1;
-    active_variant().attend(task);
+    const size_t end = chosen.size() * (split + 1) / splits;
+    size_t from = chosen.size() * split / splits;
+    std::vector<uint8_t> bytes;
+    do {
+      const size_t to = std::min(end, from + kPartBlocks);
+      std::vector<StoredBlock> blocks;
+      archive_->recalled_blocks(place, kv, last, chosen, from, to, still_hot[kv], bytes, blocks);
+      task.blocks = blocks.data();
+      task.blocks_count = int(blocks.size());
+      task.normalize = splits == 1 && to == end;
+      active_variant().attend(task);
+      from = to;
+    } while (from < end);
     if (task.normalize) copy_rows(task, kv, first_row, out);
   };
-  if (!choices.empty()) archive_->expect((place + 1) % archived_layers());
-  if (tokens > 1) {  // what a choice recalls from disk is held while it is attended
-    parallel(choices.size() * splits, [&](size_t index) {
-      const Choice& choice = choices[index / splits];
-      attend(choice.kv_head, int(index % splits), choice.first * G, choice.last * G,
-             archive_->gather(place, choice.kv_head, choice.blocks));
+  if (choices.empty()) {
+    parallel(size_t(splits) * KV, [&](size_t index) {
+      const int kv = int(index / splits);
+      attend(kv, int(index % splits), 0, G, archive_->chosen(place, kv));
     });
-    for (const Choice& choice : choices)
-      if (choice.last == tokens) archive_->note_choice(place, choice.kv_head, choice.blocks);
     return;
   }
-  std::vector<Archive::Recalled> gathered(KV);
-  std::vector<char> held(KV, 0);
-  parallel(size_t(KV), [&](size_t index) {
-    const int kv = int(index);
-    if (!choices.empty()) {
-      gathered[kv] = archive_->gather(place, kv, choices[kv].blocks);
-      archive_->hold(place, kv, gathered[kv]);
-      archive_->note_choice(place, kv, choices[kv].blocks);
-    } else if (archive_->holds(place, kv)) {
-      held[kv] = 1;
-    } else {
-      gathered[kv] = archive_->gather(place, kv, archive_->recalled(place, kv).blocks);
-    }
-  });
-  parallel(size_t(splits) * KV, [&](size_t index) {
-    const int kv = int(index / splits);
-    attend(kv, int(index % splits), 0, G, held[kv] ? archive_->recalled(place, kv) : gathered[kv]);
+  parallel(choices.size() * splits, [&](size_t index) {
+    const Choice& choice = choices[index / splits];
+    attend(choice.kv_head, int(index % splits), choice.first * G, choice.last * G, choice.blocks);
   });
 }
 

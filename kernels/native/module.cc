@@ -148,7 +148,6 @@ PYBIND11_MODULE(_native, m) {
         py::dict usage;
         const Archive* a = self.get().archive();
         usage["sink_bytes"] = a ? a->sink_bytes() : 0;
-        usage["recalled_bytes"] = a ? a->recalled_bytes() : 0;
         usage["digest_bytes"] = a ? a->digest_bytes() : 0;
         usage["warm_bytes"] = a ? a->warm_bytes() : 0;
         usage["cold_bytes"] = a ? a->cold_bytes() : 0;
@@ -158,7 +157,7 @@ PYBIND11_MODULE(_native, m) {
       })
       .def("recalled", [](const CacheHandle& self, int layer, int kv_head) {
         const auto [a, index] = archive_of(self.get(), layer, kv_head);
-        return a->recalled(index, kv_head).blocks;
+        return a->chosen(index, kv_head);
       }, py::arg("layer"), py::arg("kv_head"), "Blocks (of 16 tokens) that attention reads from the archive now.")
       .def("archive_order", [](const CacheHandle& self, int layer, int kv_head) {
         const auto [a, index] = archive_of(self.get(), layer, kv_head);

@@ -73,7 +73,6 @@ inline std::shared_ptr<const ArchiveSettings> archive_settings(const py::dict& d
     else if (name == "recall_every") s->recall_every = value.cast<int>();
     else if (name == "window") s->window = value.cast<int>();
     else if (name == "reach") s->reach = value.cast<int>();
-    else if (name == "held_limit_bytes") s->held_limit_bytes = value.cast<uint64_t>();
     else if (name == "warm_limit_bytes") s->warm_limit_bytes = value.cast<uint64_t>();
     else if (name == "cold_folder") s->cold_folder = value.cast<std::string>();
     else if (name == "cold_limit_bytes") s->cold_limit_bytes = value.cast<uint64_t>();

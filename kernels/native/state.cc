@@ -212,8 +212,8 @@ void CacheState::write_head(const Archive& archive, const Archive::Head& h, bool
       w.array(tile->order);
     }
   }
-  w.number(chosen ? uint32_t(h.recalled.blocks.size()) : 0);
-  if (chosen) w.array(h.recalled.blocks);
+  w.number(chosen ? uint32_t(h.chosen.size()) : 0);
+  if (chosen) w.array(h.chosen);
 }
 
 uint64_t CacheState::payload_bytes(const KVCache& cache, int layer) {
@@ -431,8 +431,7 @@ void CacheState::read_head(Archive::Head& h, const Counts& c, Reader& r) {
   }
   const uint32_t recalled = r.number();
   if (recalled && c.chosen_at < 0) damaged("blocks are recalled that nobody has chosen");
-  h.recalled.blocks = r.ascending(recalled, sink_blocks, blocks, "recalled blocks");
-  h.recalled.at.assign(h.recalled.blocks.size(), -1);  // what lies in the file is read when it is needed
+  h.chosen = r.ascending(recalled, sink_blocks, blocks, "recalled blocks");
 }
 
 // The whole archive of a layer is one extent: in memory while the limit allows, otherwise where it lies in the file.

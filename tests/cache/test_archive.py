@@ -91,7 +91,7 @@ def test_sinks_are_rounded_up_and_wait_for_each_other(sinks: int) -> None:
 
 def test_usage_adds_up(tmp_path: Path) -> None:
     """From first principles: pages of 64 pairs, sinks as halves, codes and scales, digests of whole pages of 256."""
-    cold: dict[str, Any] = {"cold_folder": str(tmp_path), "cold_bytes": UNLIMITED, "held_bytes": UNLIMITED}
+    cold: dict[str, Any] = {"cold_folder": str(tmp_path), "cold_bytes": UNLIMITED}
     options = replace(OPTIONS, warm_bytes=2 * CELL_BYTES, **cold)
     with opened(options) as cache:
         for _ in range(10):
@@ -108,10 +108,7 @@ def test_usage_adds_up(tmp_path: Path) -> None:
         assert usage.memory_bytes == usage.hot_bytes + usage.warm_bytes + usage.digest_bytes
         assert (usage.lost_tokens, usage.to_json()["flash_bytes_read"]) == (0, usage.flash_bytes_read)
         read(cache, 1)
-        held = cache._native.archive_usage()["recalled_bytes"]
-        assert 0 < held <= LAYERS * KV_HEADS * 64 * 68
-        assert held % (16 * 68) == 0
-        assert cache.usage().hot_bytes == LAYERS * KV_HEADS * 3 * page + sinks + held
+        assert cache.usage().hot_bytes == LAYERS * KV_HEADS * 3 * page + sinks
         assert cache.usage().flash_bytes_read > usage.flash_bytes_read
 
 
@@ -172,14 +169,14 @@ def test_beyond_reach_nothing_but_the_window_is_hot() -> None:
 def test_settings_reach_the_native_side(tmp_path: Path) -> None:
     options = ArchiveOptions(
         codec="kvquant3", retriever="channels", sinks=17, window=99, recall_tokens=50, recall_every=3, reach=1000,
-        warm_bytes=5, cold_folder=str(tmp_path), cold_bytes=7, held_bytes=11,
+        warm_bytes=5, cold_folder=str(tmp_path), cold_bytes=7,
     )  # fmt: skip
     form = find_codec("kvquant3").low(64)
     numbers = (3, 3, True, form.outliers, False)
     assert options.native(64) == {
         "high": numbers, "low": numbers, "digest": 3,
         "channels": options.native(64)["channels"], "sinks": 32, "recall_tokens": 64, "recall_every": 3, "window": 99,
-        "reach": 1000, "held_limit_bytes": 11, "warm_limit_bytes": 5, "cold_folder": str(tmp_path),
+        "reach": 1000, "warm_limit_bytes": 5, "cold_folder": str(tmp_path),
         "cold_limit_bytes": 7,
     }  # fmt: skip
     with opened(replace(OPTIONS, recall_tokens=33, recall_every=3)) as cache:
