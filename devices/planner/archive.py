@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from .plan import (
     ARCHIVE_PAGE_TOKENS,
     ARCHIVE_STEP,
-    BLOCK_TOKENS,
     CHUNKS,
     ArchiveCost,
     Costs,

@@ -168,7 +168,7 @@ class Plan:
     warm_bytes: int = 0
     cold_bytes: int = 0
     digest_bytes: int = 0
-    recall_bytes: int = 0  # recalled tokens in the codec's form, a part of a choice at a time; warm ones are read in place
+    recall_bytes: int = 0  # recalled tokens in the codec's form, a part at a time; warm ones are read in place
     fork_bytes: int = 0  # hot pages that a fork comes to have beside those of what it was forked from
     full_limit_bytes: int = 0  # the smallest limit of the process that would keep the whole cache
     windows: tuple[WindowCost, ...] = ()
