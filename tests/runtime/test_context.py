@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from satchel.cache import KVCache
-from satchel.cache.scorers import scorer_names
+from satchel.cache.scorers import find_scorer, scorer_names
 from satchel.errors import ClosedError, ContextLengthError, MemoryLimitError, OptionError
 from satchel.runtime import Context, Model
 from satchel.runtime.engines import NativeEngine
@@ -28,6 +28,7 @@ LIVELY = {"temperature": 20.0, "seed": 11}  # random weights are sure of themsel
 EXACT: dict[str, Any] = {"types": ("Q8_0",)}
 DOCUMENT = "The maintainer uploads. Nobody else may, without consent, in the first week. " * 6
 LONG_QUESTION = "Who may upload, and when, and what if the maintainer is away? " * 5
+UNTRAINED = [name for name in scorer_names() if not find_scorer(name).needs_retention]
 
 
 class Recorder:
@@ -373,7 +374,7 @@ def test_a_budget_for_everything_is_the_full_cache(load_tiny: Load) -> None:
         assert one.kv == other.kv
 
 
-@pytest.mark.parametrize("scorer", scorer_names())
+@pytest.mark.parametrize("scorer", UNTRAINED)
 def test_a_budget_bounds_what_is_held(load_tiny: Load, scorer: str) -> None:
     kv = {**FP32, "hot_tokens": 128, "sinks": 4, "window": 16, "chunk": 64}
     notices: list[str] = []
@@ -408,7 +409,7 @@ def outgrown(model: Model, capacity: int) -> Context:
     return context
 
 
-@pytest.mark.parametrize("scorer", scorer_names())
+@pytest.mark.parametrize("scorer", UNTRAINED)
 def test_a_conversation_that_outgrows_its_plan_without_a_disk_is_pruned(load_tiny: Load, scorer: str) -> None:
     kv = {**FP32, "sinks": 4, "window": 16, "scorer": scorer}
     notices: list[str] = []
