@@ -90,7 +90,7 @@ def predict(
     plan: Plan, tokens: int, rates: Rates, work: Work, flash: Flash, *, recall_every: int
 ) -> Prediction:  # fmt: skip
     """Reading ``tokens`` tokens by ``plan``, and the rate of answering after them."""
-    reach = _reach(plan, plan.recall_tokens)
+    reach = _reach(plan)
     read = tokens * rates.prefill_seconds_per_token
     read += _mean(work, lambda window: attended_pairs(plan, tokens, window)) * rates.prefill_seconds_per_pair
     decode = rates.decode_seconds_per_token
@@ -130,7 +130,7 @@ def attended_pairs(plan: Plan, tokens: int, window: int = 0) -> float:
     if window and not (plan.placement == "pruned" and window > (plan.hot_tokens or 0)):
         begun = min(tokens, window)  # tokens that see all before them
         return begun * (begun + 1) / 2 + (tokens - begun) * float(window)
-    reach, pairs = _reach(plan, plan.recall_tokens), 0.0
+    reach, pairs = _reach(plan), 0.0
     for first in range(0, tokens, plan.chunk):
         count = min(plan.chunk, tokens - first)
         pairs += count * (min(first, reach) + (count + 1) / 2)
@@ -166,9 +166,9 @@ def fetch_seconds(plan: Plan, work: Work, flash: Flash, tokens: float) -> float:
     return flash.seconds(blocks * read_bytes, blocks / READS_AT_ONCE)
 
 
-def _reach(plan: Plan, recalled: int) -> float:
+def _reach(plan: Plan) -> float:
     """Tokens before its chunk that a token attends to at most."""
     if plan.hot_tokens is None:
         return math.inf
     waiting = ARCHIVE_STEP / 2 if plan.codec is not None else 0
-    return plan.hot_tokens + waiting + recalled
+    return plan.hot_tokens + waiting + plan.recall_tokens
