@@ -14,7 +14,7 @@ from .archive import BLOCK_TOKENS, ArchiveOptions, round_up
 from .codecs import find_codec
 from .forgetting import prune_layer
 from .ranking import Ranking
-from .scorers import LayerView, find_scorer
+from .scorers import find_scorer
 from .settings import CacheSettings
 from .snapshots.snapshot import Snapshot
 from .snapshots.state import SectionToWrite, layer_sections, restored_native, saved_bytes, total_tokens_of
@@ -353,8 +353,3 @@ class KVCache:
         best = np.sort(np.argpartition(scores, old - kept, axis=1)[:, old - kept :], axis=1) if kept else scores[:, :0]
         recent = np.broadcast_to(np.arange(old, tokens), (scores.shape[0], tokens - old))
         self._native.retain_layer(layer, np.concatenate([best, recent], axis=1).astype(np.int32))
-
-    def _view(self, layer: int) -> LayerView:
-        """What the scorer would be shown now."""
-        return self._ranking.view(self._native, layer)
-

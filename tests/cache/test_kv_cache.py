@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from satchel import kernels
 from satchel.cache import CacheSettings, CacheShape, KVCache
-from satchel.cache.scorers import find_scorer, scorer_names
+from satchel.cache.scorers import LayerView, find_scorer, scorer_names
 
 Array = NDArray[Any]
 SHAPE = CacheShape(layers=2, heads=4, kv_heads=2, head_size=16, scale=0.25)
@@ -34,6 +34,11 @@ def opened(
 
 def native(cache: KVCache) -> kernels.KVCache:
     return cache._native
+
+
+def shown(cache: KVCache, layer: int) -> LayerView:
+    """What the scorer would be shown now."""
+    return cache._ranking.view(cache._native, layer)
 
 
 def read(cache: KVCache, tokens: int, seed: int = 0, keys: tuple[float, float] = (1, 1)) -> Array:
@@ -64,7 +69,7 @@ def test_demotion_keeps_sinks_window_and_the_best(scorer: str) -> None:
         cache.demote()
         assert cache.held_tokens() == 20
         for layer in range(SHAPE.layers):
-            scores = find_scorer(scorer).score(twin._view(layer))
+            scores = find_scorer(scorer).score(shown(twin, layer))
             for head in range(SHAPE.kv_heads):
                 kept = positions(cache, layer, head)
                 assert kept[:SINKS] == list(range(SINKS))
@@ -81,11 +86,11 @@ def test_a_scorer_turns_queries_as_their_layer_does(scorer: str) -> None:
         read(cache, 30)
         twin = cache.fork()
         for layer, frequencies in enumerate(FREQUENCIES):
-            np.testing.assert_array_equal(twin._view(layer).frequencies, frequencies)
+            np.testing.assert_array_equal(shown(twin, layer).frequencies, frequencies)
         twin.close()
         q, k = (np.ones((1, heads, 16), np.float32) for heads in (4, 2))
         native(cache).attend(1, q, k, k, np.array([30]), np.empty(0, np.float32), scale=SHAPE.scale)
-        view = cache._view(1)
+        view = shown(cache, 1)
         assert view.frequencies.size == 0
         assert np.isfinite(find_scorer(scorer).score(view)).all()
 
@@ -217,13 +222,13 @@ KEEPING = [name for name in scorer_names() if find_scorer(name).keeps_scores]
 def test_kept_scores_stay_with_their_pairs(scorer: str) -> None:
     with opened(scorer, hot_tokens=40) as cache:
         read(cache, 100)
-        before = cache._view(1)
+        before = shown(cache, 1)
         assert not before.kept.any()
         assert before.scored_until == 0
         scores = find_scorer(scorer).score(before)
         cache.demote()
         read(cache, 30)
-        view = cache._view(1)
+        view = shown(cache, 1)
         assert view.scored_until == 100
         for head in range(SHAPE.kv_heads):
             kept = positions(cache, 1, head)[:40]
@@ -231,7 +236,7 @@ def test_kept_scores_stay_with_their_pairs(scorer: str) -> None:
         assert not view.kept[:, 40:].any()
         mass = view.kept.copy()
         cache.demote()
-        assert (cache._view(1).kept[:, : SINKS + 1] > mass[:, : SINKS + 1]).all()
+        assert (shown(cache, 1).kept[:, : SINKS + 1] > mass[:, : SINKS + 1]).all()
         assert cache._ranking.saved_bytes() == 2 * 2 * (8 + 40 * 8)  # nothing is kept of pairs that are gone
 
 
@@ -240,13 +245,13 @@ def test_kept_scores_of_forks_go_apart(scorer: str) -> None:
     with opened(scorer, hot_tokens=40) as cache:
         read(cache, 100)
         cache.demote()
-        mine = cache._view(0)
+        mine = shown(cache, 0)
         branch = cache.fork()
-        np.testing.assert_array_equal(branch._view(0).kept, mine.kept)
+        np.testing.assert_array_equal(shown(branch, 0).kept, mine.kept)
         read(branch, 50, seed=9)
         branch.demote()
-        np.testing.assert_array_equal(cache._view(0).kept, mine.kept)
-        assert (branch._view(0).scored_until, cache._view(0).scored_until) == (150, 100)
+        np.testing.assert_array_equal(shown(cache, 0).kept, mine.kept)
+        assert (shown(branch, 0).scored_until, shown(cache, 0).scored_until) == (150, 100)
         branch.close()
 
 
@@ -257,11 +262,11 @@ def test_kept_scores_of_what_is_unread_are_forgotten(scorer: str) -> None:
         read(cache, 100)
         cache.demote()
         cache.forget_from(97)
-        view = cache._view(0)
+        view = shown(cache, 0)
         assert view.scored_until == 97
         assert (view.kept > 0).all()
         read(cache, 5, seed=3)
-        assert not cache._view(0).kept[:, -5:].any()
+        assert not shown(cache, 0).kept[:, -5:].any()
 
 
 def test_a_heavy_hitter_of_old_chunks_outlives_a_new_one() -> None:
