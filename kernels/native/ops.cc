@@ -113,7 +113,9 @@ class VocabularyProjection {
   static constexpr const char* kName = "VocabularyProjection";
   static constexpr int kInputs[] = {ort::kFloat, ort::kUint8, ort::kInt64, ort::kFloat};
   static constexpr size_t kInputCount = 4, kRequiredInputs = 3;
-  explicit VocabularyProjection(const ort::KernelInfo* info) : attributes_(packed_attributes(info)) {}
+  explicit VocabularyProjection(const ort::KernelInfo* info) : attributes_(packed_attributes(info)) {
+    if (!attributes_.split) throw std::invalid_argument("satchel.VocabularyProjection: the matrix must be split");
+  }
 
   void compute(ort::KernelContext* context) const {
     const Matrix x = matrix(context, 0);

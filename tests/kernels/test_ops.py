@@ -115,6 +115,9 @@ def test_logits_that_need_not_be_exact() -> None:
     assert (found[0] != found[1]).any()
     refused("VocabularyProjection", feeds | {"best_words": np.arange(2)}, attributes, "best_words must be one number")
     refused("VocabularyProjection", feeds | {"x": matrix(2)}, attributes, "must be one row")
+    for change in ({"split": 0}, {"split": 0, "bits": 4}):
+        refused("VocabularyProjection", feeds, attributes | change, "the matrix must be split")
+    refused("VocabularyProjection", feeds, attributes | {"bits": 4}, "weight format that this version does not know")
 
 
 def test_a_large_linear_in_many_tasks() -> None:
