@@ -10,9 +10,9 @@ SHARE = 3
 
 
 class Hybrid(HeadProfile):
-    """The middle third of the layers sees everything, where retrieval heads are most frequent.
+    """The middle third of the layers sees everything.
 
-    Departure: the paper trains the model on for this; here it is told nothing.
+    Departure: the paper trains the model on for this; here it is told nothing. Which third it takes is our guess.
     """
 
     name = "hybrid"

@@ -28,16 +28,6 @@ ORDER = Order(window_tokens=40)
 Array = NDArray[np.float64]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-
-
-@pytest.fixture
-def package(source: Path, tmp_path: Path) -> Package:
-    return export_model(source, tmp_path / "package")
-
-
 # --- the projection
 
 

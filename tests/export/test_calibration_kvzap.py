@@ -31,16 +31,6 @@ TEXT = Text(IDS, before=(7, 8, 9), request=(20, 21, 22, 23))
 ORDER = Order(window_tokens=32)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-
-
-@pytest.fixture
-def package(source: Path, tmp_path: Path) -> Package:
-    return export_model(source, tmp_path / "package")
-
-
 # --- labels
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from satchel.export.calibration.files import open_calibration, read_records
 from satchel.export.calibration.head_scores import SCORES
-from satchel.export.exporter import export_model
 from satchel.export.package import Package
-from tiny_models import write_tiny_gguf
 
 torch = pytest.importorskip("torch", reason="needs the extra 'calibrate'")
 from satchel.export.calibration import decoder, razor  # noqa: E402
@@ -27,11 +24,6 @@ from satchel.export.calibration.text import Order, Text  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default")  # torch warns about itself
 TEXT = Text(tuple(range(3, 90)), before=(7, 8, 9), request=(20, 21))
 PERIOD = 20
-
-
-@pytest.fixture
-def package(tmp_path: Path) -> Package:
-    return export_model(write_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "package")
 
 
 def test_tokens_repeat() -> None:
