@@ -2,23 +2,24 @@
 
     python benchmarks/plan_check.py qwen2.5-coder-0.5b-instruct policy.txt --context 16K --memory 650MB
 
-The rates of this machine are measured anew, just before. Exits with 1 when a figure is outside of its tolerance: 25 %
-for bytes (KV cache in memory and on disk, peak of the process), 50 % for seconds.
+The plan is that of ``satchel plan --measure`` in a process of its own, as its user sees it. Exits with 1 when a figure
+is outside of its tolerance: 25 % for bytes (KV cache in memory and on disk, peak of the process), 50 % for seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from satchel.devices.machine import peak_rss_bytes
 from satchel.devices.sizes import format_size, parse_tokens
 from satchel.runtime import load
 from satchel.runtime.documents import read_documents
-from satchel.runtime.predict import Forecast, forecast
 
 BYTES_TOLERANCE, SECONDS_TOLERANCE = 0.25, 0.5
 DECODE_TOKENS = 32
@@ -64,26 +65,35 @@ def main() -> None:
     settings = dict(pair.split("=", 1) for pair in given.kv)
     options = {"memory": given.memory, "disk": given.disk, "policy": given.policy, "kv": settings,
                "threads": given.threads}  # fmt: skip
-    text = read_documents(given.text).text
-    with load(given.model, **options) as planner:
-        found = forecast(planner, given.context, measure=True)
-    figures = run(given.model, options, text, given.context, found)
+    planned = plan(given)
+    figures = run(given.model, options, read_documents(given.text).text, given.context, planned)
     if given.json:
         rows = [{"name": each.name, "predicted": each.predicted, "found": each.found, "holds": each.holds}
                 for each in figures]  # fmt: skip
-        print(json.dumps({"placement": found.plan.placement, "why": found.why, "figures": rows}))
+        print(json.dumps({"placement": planned["placement"], "why": planned["why"], "figures": rows}))
     else:
-        print(found.why)
+        print(planned["why"])
         print(f"{'':<26} {'predicted':>10} {'found':>10} {'ratio':>6}")
         for figure in figures:
             print(figure.line())
     sys.exit(0 if all(figure.holds for figure in figures) else 1)
 
 
-def run(name: str, options: dict[str, object], text: str, tokens: int, found: Forecast) -> list[Figure]:
+def plan(given: argparse.Namespace) -> dict[str, Any]:
+    """What ``satchel plan --json`` says for these options."""
+    command = [sys.executable, "-m", "satchel", "plan", given.model, "--context", str(given.context), "--measure",
+               "--json", "--policy", given.policy]  # fmt: skip
+    for name in ("memory", "disk", "threads"):
+        if (value := getattr(given, name)) is not None:
+            command += [f"--{name}", str(value)]
+    for pair in given.kv:
+        command += ["--kv", pair]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
+
+
+def run(name: str, options: dict[str, object], text: str, tokens: int, planned: dict[str, Any]) -> list[Figure]:
     """Reads ``tokens`` tokens of ``text``, repeated where it is shorter, and decodes some more."""
-    plan = found.plan
-    assert plan.predicted is not None
     with load(name, **options) as model:  # type: ignore[arg-type]
         ids = model.tokenizer.encode(text)
         ids = (ids * (tokens // len(ids) + 1))[: tokens - DECODE_TOKENS]
@@ -97,13 +107,14 @@ def run(name: str, options: dict[str, object], text: str, tokens: int, found: Fo
             row = context.append([int(row.argmax())])
         rate = DECODE_TOKENS / (time.perf_counter() - begun)
         kv = context.kv
+    predicted = planned["predicted"]
     in_ram = kv["hot_bytes"] + kv["warm_bytes"] + kv["digest_bytes"]
     return [
-        Figure("kv_in_memory_bytes", plan.held_bytes(tokens), in_ram, BYTES_TOLERANCE),
-        Figure("kv_on_disk_bytes", plan.cold_bytes, kv["cold_bytes"], BYTES_TOLERANCE),
-        Figure("peak_bytes", plan.total_bytes, peak_rss_bytes(), BYTES_TOLERANCE),
-        Figure("read_seconds", plan.predicted.read_seconds, read_seconds, SECONDS_TOLERANCE),
-        Figure("decode_tokens_per_second", plan.predicted.decode_tokens_per_second, rate, SECONDS_TOLERANCE),
+        Figure("kv_in_memory_bytes", planned["held_bytes"], in_ram, BYTES_TOLERANCE),
+        Figure("kv_on_disk_bytes", planned["cold_bytes"], kv["cold_bytes"], BYTES_TOLERANCE),
+        Figure("peak_bytes", planned["total_bytes"], peak_rss_bytes(), BYTES_TOLERANCE),
+        Figure("read_seconds", predicted["read_seconds"], read_seconds, SECONDS_TOLERANCE),
+        Figure("decode_tokens_per_second", predicted["decode_tokens_per_second"], rate, SECONDS_TOLERANCE),
     ]
 
 

@@ -5,7 +5,8 @@ bytes with the constants below. A text of T tokens costs T times the linear laye
 tokens that it attends to, which are a window's at most in layers that have one; with an archive also choosing (passes
 over the digests), writing to disk and reading back.
 A chunk chooses anew for each few of its queries; while answering, a choice serves some tokens, and what it has on disk
-is read for each of them, from the second on out of the system's file cache.
+is read for each of them. The device answers only what the system's file cache has no room for: what was written a
+moment ago is still there, and so is, from a choice's second token on, all that it wants.
 """
 
 from __future__ import annotations
@@ -88,9 +89,12 @@ def estimated_rates(work: Work, threads: int) -> Rates:
 
 
 def predict(
-    plan: Plan, tokens: int, rates: Rates, work: Work, flash: Flash, *, recall_every: int
+    plan: Plan, tokens: int, rates: Rates, work: Work, flash: Flash, *, recall_every: int, file_cache_bytes: int = 0
 ) -> Prediction:  # fmt: skip
-    """Reading ``tokens`` tokens by ``plan``, and the rate of answering after them."""
+    """Reading ``tokens`` tokens by ``plan``, and the rate of answering after them.
+
+    ``file_cache_bytes``: of the archive on disk, what the system has room for in its file cache.
+    """
     reach = _reach(plan)
     read = tokens * rates.prefill_seconds_per_token
     read += _mean(work, lambda window: attended_pairs(plan, tokens, window)) * rates.prefill_seconds_per_pair
@@ -107,10 +111,11 @@ def predict(
         half_full = 1 / 2  # the archive grows while the text is read
         read += chunks * half_full * scanned * voters(plan.chunk) * rates.prefill_seconds_per_pair
         wanted = min(wanted_tokens(plan), archived / 2)
-        read += chunks * fetch_seconds(plan, work, flash, wanted) + plan.cold_bytes / flash.bandwidth
+        read += chunks * fetch_seconds(plan, work, flash, wanted, file_cache_bytes)
+        read += plan.cold_bytes / flash.bandwidth
         wanted = min(plan.recall_tokens, archived)
         decode += scanned * rates.decode_seconds_per_pair / recall_every
-        decode += fetch_seconds(plan, work, flash, wanted) / recall_every
+        decode += fetch_seconds(plan, work, flash, wanted, file_cache_bytes) / recall_every
         decode += cold_blocks(plan, work, wanted) * CACHED_READ_SECONDS * (1 - 1 / recall_every)
     return Prediction(read, 1 / decode)
 
@@ -167,15 +172,17 @@ def cold_blocks(plan: Plan, work: Work, tokens: float) -> float:
     return tokens / BLOCK_TOKENS * work.kv_heads * plan.cold_bytes / (plan.warm_bytes + plan.cold_bytes)
 
 
-def fetch_seconds(plan: Plan, work: Work, flash: Flash, tokens: float) -> float:
-    """Reading ``tokens`` recalled tokens per KV head, as far as they lie on disk."""
+def fetch_seconds(plan: Plan, work: Work, flash: Flash, tokens: float, file_cache_bytes: int = 0) -> float:
+    """Reading ``tokens`` recalled tokens per KV head, as far as they lie on disk; see `predict`."""
     if not plan.cold_bytes:
         return 0.0
     blocks = cold_blocks(plan, work, tokens)
     per_token = (plan.warm_bytes + plan.cold_bytes) / plan.archive_tokens / work.kv_heads
     units = math.ceil(per_token * BLOCK_TOKENS / DISK_UNIT_BYTES) + 1  # it starts where it may
     read_bytes = units * DISK_UNIT_BYTES
-    return flash.seconds(blocks * read_bytes, blocks / READS_AT_ONCE)
+    cached = min(file_cache_bytes / plan.cold_bytes, 1.0)
+    missed = blocks * (1 - cached)
+    return blocks * cached * CACHED_READ_SECONDS + flash.seconds(missed * read_bytes, missed / READS_AT_ONCE)
 
 
 def _reach(plan: Plan) -> float:

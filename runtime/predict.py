@@ -17,7 +17,7 @@ import numpy as np
 from .. import kernels
 from ..devices.files.cache_folder import cache_folder
 from ..devices.flash import flash_of
-from ..devices.machine import cpu_name
+from ..devices.machine import cpu_name, memory_available, resident_memory
 from ..devices.planner import Plan, why
 from ..devices.remembered import remember, remembered
 from ..devices.roofline import Rates, Work, estimated_rates, predict
@@ -57,7 +57,10 @@ def forecast(model: Model, tokens: int, *, measure: bool | None = None) -> Forec
     rates, work = find_rates(model, measure=measure), work_of(model)
     folder = cache_folder(model.cache_dir)
     flash = flash_of(folder, folder)
-    predicted = predict(plan, tokens, rates, work, flash, recall_every=settings.recall_every)
+    left = memory_available() + resident_memory().anon_bytes - plan.total_bytes  # to the system's file cache
+    predicted = predict(
+        plan, tokens, rates, work, flash, recall_every=settings.recall_every, file_cache_bytes=max(left, 0)
+    )
     best = archive_costs(model.package, settings)[0].codec
     reason = why(plan, best)
     if tokens > model.context_length:

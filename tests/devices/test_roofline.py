@@ -107,6 +107,19 @@ def test_flash_costs_and_memory_does_not() -> None:
     assert seconds(COLD, 8_000, slow)[0] > 1.5 * seconds(COLD, 8_000)[0]
 
 
+def test_what_the_file_cache_holds_is_not_read_from_the_disk() -> None:
+    blocks, device = cold_blocks(COLD, WORK, 256), fetch_seconds(COLD, WORK, FLASH, 256)
+    assert fetch_seconds(COLD, WORK, FLASH, 256, COLD.cold_bytes) == pytest.approx(blocks * 2e-6)
+    half = fetch_seconds(COLD, WORK, FLASH, 256, COLD.cold_bytes // 2)
+    assert half == pytest.approx((device + blocks * 2e-6) / 2)
+    slow = replace(FLASH, latency_seconds=1e-2, bandwidth=1e8)
+    found = [predict(COLD, 8_000, RATES, WORK, slow, recall_every=8, file_cache_bytes=room)
+             for room in (0, COLD.cold_bytes, 10**12)]  # fmt: skip
+    assert found[0].read_seconds > found[1].read_seconds == found[2].read_seconds
+    assert found[0].decode_tokens_per_second < found[1].decode_tokens_per_second == found[2].decode_tokens_per_second
+    assert fetch_seconds(WARM, WORK, FLASH, 256, 10**9) == 0
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 47, 48, 49, 64, 65, 80, 100, 512])
 def test_choices_against_a_loop(chunk: int) -> None:
     """As the native code makes them: groups of neighbours, of a long chunk every fourth query has a vote."""
