@@ -1,8 +1,13 @@
-"""Fixtures for tests marked ``real``; see ``real_files.py`` for where the files come from."""
+"""Fixtures for tests marked ``real``; see ``real_files.py`` for where the files come from.
+
+And how many tests run at once: as many as there are cores when all plain tests do. What somebody names runs alone, and
+so do real models, which take a gigabyte and all cores each.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +20,16 @@ import pytest
 # would be about that shell.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+MOST_WORKERS = 8  # each of them takes up to a gigabyte
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For ``-n auto``, which ``pyproject.toml`` says."""
+    all_plain = config.args_source == config.ArgsSource.TESTPATHS and "not real" in config.option.markexpr
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS) if all_plain else 0
 
 
 def _load_real_files() -> ModuleType:
