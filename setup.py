@@ -67,6 +67,7 @@ setup(
         "satchel": ["py.typed", "docs/samples/*"],  # questions of `satchel eval`
         "satchel.kernels": ["*.pyi"],
         "satchel.export.hub": ["*.json"],
+        "satchel.export.calibration": ["shipped/*/*"],
     },
     ext_modules=[
         Pybind11Extension(

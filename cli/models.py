@@ -15,7 +15,7 @@ from rich.table import Table
 from ..devices.files.cache_folder import cache_folder, exported_packages
 from ..devices.sizes import format_size
 from ..errors import ModelError
-from ..export.calibration.files import package_mark, read_records
+from ..export.calibration.files import find_records
 from ..export.hub.download import is_verified, model_path
 from ..export.hub.registry import DEFAULT_MODEL, ModelEntry, all_models
 from ..export.package import open_package
@@ -73,12 +73,11 @@ def describe_package(folder: Path) -> dict[str, Any]:
     """A package as ``models --verbose --json`` prints it; ``problem`` says why it, or a calibration, is of no use."""
     found: dict[str, Any] = {"folder": str(folder), "problem": None, "calibrations": {}}
     try:
-        mark, records = package_mark(open_package(folder)), read_records(folder)
+        records = find_records(open_package(folder))
     except ModelError as error:
         return found | {"problem": str(error)}
     for method, record in records.items():
-        stale = record.get("package") != mark
-        found["calibrations"][method] = record | {"problem": "of another package" if stale else None}
+        found["calibrations"][method] = {**record.figures, "shipped": record.is_shipped, "problem": record.problem}
     return found
 
 
@@ -93,7 +92,7 @@ def _package_lines(rows: list[dict[str, object]]) -> Iterator[str]:
                 yield "  not calibrated"
             for method, record in package["calibrations"].items():
                 figures = ", ".join(f"{key} {record[key]}" for key in SHOWN_FIGURES if key in record)
-                yield f"  {method}: {record['problem'] or figures}"
+                yield f"  {method}{' (shipped)' if record['shipped'] else ''}: {record['problem'] or figures}"
 
 
 def _table(rows: list[dict[str, object]]) -> Table:

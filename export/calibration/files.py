@@ -2,6 +2,9 @@
 
 The record says which package it was made from: one that has changed since is refused, as its heads would rank pairs by
 features that are no more. Written by numpy (a header and floats), each file complete or not at all.
+
+What we have calibrated ourselves is shipped in `SHIPPED`, a folder with such files for each model. It serves any
+package that comes from the same source file; what a package has of its own goes before it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from ..sources.safetensors import read_safetensors
 Floats = npt.NDArray[np.float32]
 
 CALIBRATION_FOLDER, CALIBRATION_FILE = "calibration", "calibration.json"
+SHIPPED = Path(__file__).with_name("shipped")
 FORMAT, FORMAT_VERSION = "satchel-calibration", 1
 MAX_RECORD_BYTES = 1 << 20
 
@@ -37,6 +41,16 @@ class Calibration:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Record:
+    """What `satchel calibrate` said of a method, and where its tensors lie. ``problem``: why they are of no use."""
+
+    folder: Path
+    figures: Mapping[str, Any]
+    is_shipped: bool
+    problem: str | None = None
+
+
 def calibration_folder(package: Package) -> Path:
     """Where a package's calibration lies, or would."""
     return package.folder / CALIBRATION_FOLDER
@@ -47,13 +61,30 @@ def package_mark(package: Package) -> str:
     return replace(package, yarn_factor=1.0).fingerprint
 
 
-def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """The records in the package ``folder`` by method; none where nothing was calibrated.
+def find_records(package: Package) -> dict[str, Record]:
+    """What ``package`` is calibrated for, by method: its own, and what is shipped for its source.
 
     Raises:
         ModelError: ``calibration.json`` is there and cannot be used.
     """
-    path = folder / CALIBRATION_FOLDER / CALIBRATION_FILE
+    found, mark = {}, package_mark(package)
+    for folder in sorted(SHIPPED.iterdir()) if SHIPPED.is_dir() else ():
+        for method, figures in _read(folder).items():
+            if figures.get("source") == package.manifest.source_sha256:
+                found[method] = Record(folder, figures, is_shipped=True)
+    for method, figures in read_records(package.folder).items():
+        problem = None if figures.get("package") == mark else "of another package"
+        found[method] = Record(calibration_folder(package), figures, is_shipped=False, problem=problem)
+    return found
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records in the package ``folder`` by method, without what is shipped. Raises as `find_records`."""
+    return _read(folder / CALIBRATION_FOLDER)
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / CALIBRATION_FILE
     remedy = f"remove {path.parent} and run 'satchel calibrate' again"
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
@@ -89,7 +120,7 @@ def write_calibration(
     folder, name = calibration_folder(package), f"{method}.safetensors"
     record = {
         "file": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
-        "package": package_mark(package), **figures,
+        "package": package_mark(package), "source": package.manifest.source_sha256, **figures,
     }  # fmt: skip
     methods = read_records(package.folder) | {method: record}
     with temporary_file(folder / name, bytes_needed=len(content)) as file:
@@ -106,24 +137,22 @@ def open_calibration(package: Package, method: str, shapes: Mapping[str, tuple[i
     Raises:
         ModelError: the package was not calibrated, was changed since, or its files are damaged.
     """
-    record = read_records(package.folder).get(method)
+    record = find_records(package).get(method)
     command = f"satchel calibrate MODEL --method {method}"
     if record is None:
         raise ModelError(f"{package.folder} has no calibration for {method}; make it once: {command}")
-    if record.get("package") != package_mark(package):
-        raise ModelError(
-            f"the calibration for {method} in {package.folder} is of another package; repeat it: {command}"
-        )
-    path = calibration_folder(package) / f"{method}.safetensors"
+    if record.problem is not None:
+        raise ModelError(f"the calibration for {method} in {package.folder} is {record.problem}; repeat it: {command}")
+    path, figures = record.folder / f"{method}.safetensors", record.figures
     try:
-        if path.stat().st_size != record.get("bytes") or hash_file(path) != record.get("sha256"):
+        if path.stat().st_size != figures.get("bytes") or hash_file(path) != figures.get("sha256"):
             raise ModelError(f"{path} is not what its record says; repeat the calibration: {command}")
         tensors = _read_tensors(path, shapes)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); repeat the calibration: {command}") from None
     if not all(np.isfinite(values).all() for values in tensors.values()):
         raise ModelError(f"{path} holds NaN or infinity; repeat the calibration: {command}")
-    return Calibration(method, tensors, str(record["sha256"]))
+    return Calibration(method, tensors, str(figures["sha256"]))
 
 
 def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:

@@ -12,7 +12,7 @@ from ...devices.files.cache_folder import cache_folder
 from ...devices.machine import cores_usable
 from ...devices.reporting import Notice, Progress, log_notice, no_progress
 from ...errors import ContextLengthError, ModelError
-from ...export.calibration.files import read_records
+from ...export.calibration.files import find_records
 from ...export.package import Package
 from ...export.resolve import resolve_model
 from ..bench.run import PEER, peer_file
@@ -114,8 +114,8 @@ def calibrations_used(side: Side, records: Mapping[str, Any]) -> list[str]:
 
 def _calibration(side: Side, package: Package) -> dict[str, str]:
     """Of a side that uses what was calibrated: another calibration, other results."""
-    records = read_records(package.folder)
-    marks = [str(records[name].get("sha256")) for name in sorted(calibrations_used(side, records))]
+    records = find_records(package)
+    marks = [str(records[name].figures.get("sha256")) for name in sorted(calibrations_used(side, records))]
     return {"calibration": "+".join(marks)} if marks else {}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ....devices.reporting import Notice, Progress, log_notice, no_progress
 from ....errors import MemoryLimitError, ModelError, OptionError
-from ....export.calibration.files import read_records
+from ....export.calibration.files import find_records
 from ....export.calibration.methods import METHODS
 from ...engines import Cancelled
 from ..conversations import check_tasks
@@ -274,7 +274,7 @@ def _entries(
 ) -> Iterator[Entry]:
     """The full cache, then budget by budget, then llama.cpp, which is slow."""
     lacks = {}
-    records = read_records(ground.package.folder)
+    records = find_records(ground.package)
     for method in methods:
         needed = [name for name in calibrations_used(method.side(None), METHODS) if name not in records]
         remedies = "; ".join(f"satchel calibrate MODEL --method {name}" for name in needed)
