@@ -21,6 +21,9 @@ ALL_STORAGES = (*STORAGES, *GGML_STORAGES)
 LARGEST_TOKENS = 1 << 31
 OF_HEADS = ("heads", "streaming_heads")
 MOST_PERCENT = 100
+NEAR_TOKENS = 8192
+"""No recalled token is seen from further away, so that up to there nothing changes. Models find less the further back
+it is, long before the end of their trained context: docs/lab-notes.md, recall is better seen from near by."""
 OF_FORGETTING = {"head_budgets": UNIFORM, "merge": NONE}  # settings of a budget that forgets, as they are by themselves
 
 
@@ -32,7 +35,8 @@ class CacheSettings:
     ``window`` most recent tokens are always kept; ``scorer`` ranks the others; ``storage``: of the hot tier.
     ``budget_bytes`` bounds hot and warm pages, digests and recalled tokens together; ``codec`` encodes what leaves the
     hot tier; ``retriever`` finds ``recall_tokens`` of it per KV head again, for each chunk and every
-    ``recall_every`` tokens of an answer. ``head_budgets``: how the KV heads of a layer share a budget that forgets;
+    ``recall_every`` tokens of an answer, and nothing recalled is seen further back than ``reach`` tokens, or than it
+    takes to lie side by side. ``head_budgets``: how the KV heads of a layer share a budget that forgets;
     ``merge``: what becomes of the pairs that it forgets. ``heads``: which KV heads see the whole text, by a head
     profile; the others hold ``sinks`` and ``window``, as they are here, in every tier. Where the profile ranks heads,
     ``streaming_heads`` percent are such. ``lowrank``: archived keys and values are ``rank`` percent of their channels.
@@ -49,6 +53,7 @@ class CacheSettings:
     retriever: str = "channels"
     recall_tokens: int | None = None
     recall_every: int = 1
+    reach: int = NEAR_TOKENS
     head_budgets: str = UNIFORM
     merge: str = NONE
     heads: str = ALL

@@ -348,11 +348,18 @@ class Model:
             window=settings.window,
             recall_tokens=OUTGROWN_RECALL_TOKENS if outgrown else plan.recall_tokens,
             recall_every=settings.recall_every,
-            reach=self.context_length,
+            reach=self._reach(plan, settings),
             warm_bytes=plan.warm_bytes,
             cold_folder=str(folder) if cold_bytes else "",
             cold_bytes=cold_bytes,
         )
+
+    def _reach(self, plan: Plan, settings: CacheSettings) -> int:
+        """Of `ArchiveOptions`: near by, but not so near that recalled pairs and hot ones would lie over one another."""
+        if plan.hot_tokens is None or plan.hot_tokens > settings.least_hot_tokens:  # hot pairs lie where they were read
+            return self.context_length
+        room = plan.capacity_tokens + plan.recall_tokens + settings.sinks
+        return min(max(settings.reach, room), self.context_length)
 
     def plan(self, tokens: int) -> Plan:
         """How a text of ``tokens`` tokens (with questions and answers) would be read; nothing is.

@@ -9,9 +9,9 @@ The decision, for the policy ``auto``, is by quality first and speed second:
    Then the next smaller codec, in the same order.
 3. Else an error that names the smallest limit which would do.
 
-The hot tier takes the roomiest rung of one ladder that fits: 64 sinks, a window of 1,024 and 1,024 recalled tokens, all
-shrinking together down to 16, 112 and 768; the chunk is the largest of `CHUNKS` that the window is as long as, or half
-of it. What a person sets stays as it is.
+The hot tier takes the roomiest rung of one ladder that fits: 64 sinks and a window of 1,024, both shrinking together
+down to 16 and 112; the chunk is the largest of `CHUNKS` that the window is as long as, or half of it. Recalled tokens,
+4,096, hardly cost memory and do not shrink. What a person sets stays as it is.
 
 ``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens of a conversation together, however large
 the memory is. A fork shares all of it but the hot pages it comes to have of its own: the limit of the process has room

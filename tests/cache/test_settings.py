@@ -23,7 +23,7 @@ def test_defaults() -> None:
 def test_every_key_can_be_set_as_number_or_text() -> None:
     values = {"hot_tokens": 700, "chunk": 128, "sinks": 4, "window": 100, "scorer": "keydiff", "storage": "fp32",
               "budget_bytes": 12_000_000, "codec": "q4", "retriever": "minmax", "recall_tokens": 0,
-              "recall_every": 1, "head_budgets": "adaptive", "merge": "lookm", "heads": "razor",
+              "recall_every": 1, "reach": 4096, "head_budgets": "adaptive", "merge": "lookm", "heads": "razor",
               "streaming_heads": 25, "lowrank": "cskv", "rank": 20}  # fmt: skip
     assert sorted(values) == sorted(field.name for field in fields(CacheSettings))
     expected = CacheSettings(**values)  # type: ignore[arg-type]
@@ -40,8 +40,8 @@ def test_every_scorer_can_be_chosen(scorer: str) -> None:
     ("values", "message"),
     [
         ({"hot_token": 1}, "'hot_token' is not known; known are budget_bytes, chunk, codec, head_budgets, heads, "
-                            "hot_tokens, lowrank, merge, rank, recall_every, recall_tokens, retriever, scorer, sinks, "
-                            "storage, streaming_heads, window"),
+                            "hot_tokens, lowrank, merge, rank, reach, recall_every, recall_tokens, retriever, scorer, "
+                            "sinks, storage, streaming_heads, window"),
         ({"lowrank": "xkv"}, "lowrank='xkv' is not known; choose one of none, cskv, think"),
         ({"rank": 0}, "rank=0 is not a percentage of the channels; give 1 to 100"),
         ({"rank": 101}, "rank=101 is not a percentage"),

@@ -155,6 +155,28 @@ def test_longer_than_the_model_was_trained_for(load: Load) -> None:
             load(options, policy=policy).read_text(DOCUMENT)
 
 
+def test_what_is_recalled_is_seen_from_near_by(load: Load) -> None:
+    """Not nearer than it takes to lie beside what is hot, and where it was when pairs that scored well stay hot."""
+    options = {**EXACT, "context_length": 2048}
+    small = {"sinks": 16, "window": 112, "chunk": 64, "recall_tokens": 64, "codec": "f16", "budget_bytes": IN_LITTLE}
+    text = DOCUMENT[: len(DOCUMENT) // 3]
+
+    def answer(**kv: object) -> list[float]:
+        with load(options, kv={**small, **kv}).read_text(text) as context:
+            assert 1000 < context.tokens < 2048
+            row = context.append([5])
+            assert row is not None
+            return [float(value) for value in row]
+
+    as_it_was = answer()
+    assert answer(reach=2048) == answer(reach=9999) == as_it_was  # 8,192 are more than the model's context
+    near = answer(reach=500)
+    assert near != as_it_was
+    assert answer(reach=1) == answer(reach=300) != near
+    scored = {"hot_tokens": 200}
+    assert answer(**scored, reach=500) == answer(**scored)
+
+
 def test_a_long_text_goes_to_the_archive_however_large_the_memory_is(load: Load) -> None:
     notices: list[str] = []
     model = load({**EXACT, "context_length": 32_768}, notice=notices.append)
