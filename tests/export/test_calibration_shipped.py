@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,25 @@ import numpy as np
 import pytest
 from satchel.errors import ModelError
 from satchel.export.calibration import files
+from satchel.export.calibration.methods import METHODS
 from satchel.export.exporter import export_model
+from satchel.export.hub.registry import find
 from satchel.export.package import Package
 from tiny_models import write_tiny_gguf
 
 SCORES = {"scores": (2, 3)}
+FOLDERS = sorted(files.SHIPPED.iterdir())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_what_is_shipped_is_whole_and_of_a_model_of_the_registry(folder: Path) -> None:
+    value = json.loads((folder / files.CALIBRATION_FILE).read_text(encoding="utf-8"))
+    assert set(value["methods"]) <= set(METHODS)
+    for method, record in value["methods"].items():
+        content = (folder / f"{method}.safetensors").read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (record["bytes"], record["sha256"])
+        assert record["source"] == find(folder.name).sha256
+    assert len(list(folder.iterdir())) == len(value["methods"]) + 1
 
 
 def calibrated(package: Package, method: str, value: float) -> None:
