@@ -24,6 +24,7 @@ MOST_PERCENT = 100
 NEAR_TOKENS = 8192
 """No recalled token is seen from further away, so that up to there nothing changes. Models find less the further back
 it is, long before the end of their trained context: docs/lab-notes.md, recall is better seen from near by."""
+OF_ARCHIVE = ("codec", "retriever", "recall_tokens", "recall_every", "reach", "lowrank", "rank")  # and of nothing else
 OF_FORGETTING = {"head_budgets": UNIFORM, "merge": NONE}  # settings of a budget that forgets, as they are by themselves
 
 
@@ -62,10 +63,10 @@ class CacheSettings:
     rank: int = DEFAULT_PERCENT
 
     def __post_init__(self) -> None:
-        retrievers = (*retriever_names(), "none")
         known = {
-            "scorer": scorer_names(), "codec": codec_names(), "retriever": retrievers, "head_budgets": HEAD_BUDGETS,
-            "merge": (NONE, *merger_names()), "heads": (ALL, *profile_names()), "lowrank": LOWRANKS,
+            "scorer": scorer_names(), "codec": codec_names(), "retriever": retriever_names(),
+            "head_budgets": HEAD_BUDGETS, "merge": (NONE, *merger_names()),
+            "heads": (ALL, *profile_names()), "lowrank": LOWRANKS,
         }  # fmt: skip
         for key, names in known.items():
             value = getattr(self, key)
@@ -124,7 +125,9 @@ def _count(key: str, value: object) -> int:
         number = int(str(value))
     except ValueError:
         number = -1
-    if not least <= number < LARGEST_TOKENS:
+    if number >= LARGEST_TOKENS:
+        raise OptionError(f"kv {key}={str(value)[:20]} is too large; give less than {LARGEST_TOKENS}")
+    if number < least:
         raise OptionError(f"kv {key}={value!r} is not a number of tokens; give a whole number, {least} or more")
     return number
 

@@ -52,7 +52,7 @@ def _peer(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 @click.option("--text", type=click.Path(exists=True, path_type=Path), metavar="FILE",
               help="Read this document, repeated or cut to N tokens (else made-up prose).")
 @click.option("--policy", default="auto", show_default=True, metavar="NAME",
-              help="full keeps every token, auto what fits, a scorer's name prunes by it.")
+              help="full keeps every token, auto what fits and recalls the rest, a scorer's name forgets by it.")
 @click.option("--kv", multiple=True, metavar="KEY=VALUE", callback=key_values,
               help="A setting of our cache, repeatable, such as hot_tokens=2048.")
 @click.option("--memory", metavar="SIZE",

@@ -81,7 +81,10 @@ def verify_command(cache_dir: Path | None, what: tuple[str, ...]) -> None:
     """
     store = _store(cache_dir)
     problems = 0
-    for entry in _chosen(store, what) if what else store.list():
+    entries = _chosen(store, what) if what else store.list()
+    if not entries:
+        click.echo("no snapshots", err=True)
+    for entry in entries:
         problem = entry.problem or _problem(entry)
         problems += bool(problem)
         click.echo(f"{entry.id}  {problem or 'ok'}")

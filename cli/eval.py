@@ -61,7 +61,8 @@ NAMES = {"score": "score", "kl_nats": "KL (nats)", "perplexity": "perplexity", "
 @click.option("--text", type=click.Path(exists=True, path_type=Path), multiple=True, metavar="FILE",
               help="The text that facts are hidden in, repeatable (else made-up prose).")
 @click.option("--policy", default="auto", show_default=True, metavar="NAME",
-              help="What is evaluated: full keeps every token, auto what fits, a scorer's name prunes by it.")
+              help="What is evaluated: full keeps every token, auto what fits and recalls the rest, a scorer's name "
+                   "forgets by it.")
 @click.option("--kv", multiple=True, metavar="KEY=VALUE", callback=key_values,
               help="A setting of our cache, repeatable, such as hot_tokens=512.")
 @click.option("--memory", metavar="SIZE", help="Limit of our process, such as 1.2GB (else what the machine has).")

@@ -21,8 +21,8 @@ Examples:
   satchel export model.gguf ./small-package --bits 4
   satchel export ./SmolLM2-360M-Instruct ./smollm-package
   satchel ask -m ./qwen-package report.pdf "What was decided?"
-  satchel export ./SmolLM2-360M-Instruct smollm.gguf --format gguf
-  satchel export org/name small.gguf --format gguf --bits 4 --kv window=512 --kv budget_bytes=64MB
+  satchel export ./SmolLM2-360M-Instruct smollm.gguf
+  satchel export org/name small.gguf --bits 4 --kv window=512 --kv budget_bytes=64MB
 """
 
 
@@ -42,9 +42,8 @@ Examples:
     "--format",
     "form",
     type=click.Choice(["onnx", "gguf"]),
-    default="onnx",
-    show_default=True,
-    help="onnx: a package folder for Satchel; gguf: one file for llama.cpp, which Satchel reads, too.",
+    help="onnx: a package folder for Satchel; gguf: one file for llama.cpp, which Satchel reads, too.  [default: as "
+    "OUT ends: .gguf or anything else]",
 )
 @click.option(
     "--flavour",
@@ -63,7 +62,9 @@ Examples:
     "satchel.kv.KEY, repeatable.",
 )
 @click.pass_context
-def command(ctx: click.Context, source: str, out: Path, bits: str, form: str, flavour: str, kv: dict[str, str]) -> None:
+def command(
+    ctx: click.Context, source: str, out: Path, bits: str, form: str | None, flavour: str, kv: dict[str, str]
+) -> None:
     """Export SOURCE into the package folder OUT, or into the GGUF file OUT, and print its path.
 
     SOURCE is a .gguf file (of a split one the first part), a Hugging Face folder (config.json with safetensors,
@@ -72,6 +73,7 @@ def command(ctx: click.Context, source: str, out: Path, bits: str, form: str, fl
     command is for a package in a place of your choice, or for llama.cpp. An older package or .gguf file in OUT is
     replaced, anything else there is left alone.
     """
+    form = form or ("gguf" if out.suffix == ".gguf" else "onnx")
     settings = _settings(ctx, out, form, kv)
     with progress_bar("bytes") as progress:
         file = find_source(source, progress=progress, notice=progress.notice)

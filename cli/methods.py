@@ -39,7 +39,7 @@ class Method(Protocol):
 
 # kind -> (names, the method of a name, how it is chosen): a new registry is a row here
 REGISTRIES: dict[str, tuple[Callable[[], Iterable[str]], Callable[[str], Method], str]] = {
-    "scorer": (scorer_names, find_scorer, "--policy {name}, or --kv scorer={name}"),
+    "scorer": (scorer_names, find_scorer, "--policy {name}, which forgets, or beside recall --kv scorer={name}"),
     "head budgets": (
         lambda: (ADAPTIVE,), lambda _: AdaptiveBudgets(), "--kv head_budgets={name}, with a scorer's --policy",
     ),

@@ -50,7 +50,7 @@ def _tokens(ctx: click.Context, parameter: click.Parameter, text: str) -> int:
               help="Limit of the whole process, such as 1.2GB.  [default: what is free, less a margin]")
 @disk_option
 @click.option("--policy", default="auto", show_default=True, metavar="NAME",
-              help="full keeps every token, auto what fits, a scorer's name prunes by it.")
+              help="full keeps every token, auto what fits and recalls the rest, a scorer's name forgets by it.")
 @click.option("--kv", multiple=True, metavar="KEY=VALUE", callback=key_values,
               help="A setting of the KV cache, repeatable, such as budget_bytes=25MB.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N",

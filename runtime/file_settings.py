@@ -6,13 +6,12 @@ from collections.abc import Mapping
 
 from ..cache import CacheSettings
 from ..cache.scorers import scorer_names
-from ..cache.settings import OF_FORGETTING
+from ..cache.settings import OF_ARCHIVE, OF_FORGETTING
 from ..devices.reporting import Notice
 from ..errors import OptionError
 from ..export.package import Package
 from .engines.rules import find_rules
 
-OF_LOW_RANK = ("lowrank", "rank")  # of what policy ``auto`` archives
 BUDGETS = ("hot_tokens", "budget_bytes")  # what policy ``full`` excludes
 
 
@@ -27,7 +26,7 @@ def with_settings_of(
         forgets = policy in scorer_names()
         beside_policy = (policy == "full" and key in BUDGETS) or (forgets and key == "scorer")
         beside_policy |= not forgets and key in OF_FORGETTING
-        beside_policy |= policy != "auto" and key in OF_LOW_RANK
+        beside_policy |= policy != "auto" and key in OF_ARCHIVE
         if key in given:
             continue
         if beside_policy or not rules.knows(key, value) or not _is_valid(key, value, rules.storages):

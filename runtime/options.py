@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from ..cache import CacheSettings
 from ..cache.head_profiles import ALL, find_profile, ranked_profiles
-from ..cache.lowrank import CSKV
+from ..cache.lowrank import CSKV, NO_LOWRANK
 from ..cache.mergers import NONE, find_merger
 from ..cache.retrievers import find_retriever
 from ..cache.scorers import find_scorer, scorer_names
 from ..cache.scorers.recency import Recency
+from ..cache.settings import OF_ARCHIVE
 from ..devices.machine import cores_usable, default_memory_limit
 from ..devices.planner import Wishes
 from ..devices.sizes import parse_size
@@ -54,6 +55,7 @@ class Options:
         settings = CacheSettings.parse(kv, storages=rules.storages)
         if rules.default_scorer is not None and "scorer" not in (kv or {}):
             settings = replace(settings, scorer=rules.default_scorer)
+        scorer = settings.scorer
         if policy in scorer_names():
             hot = settings.hot_tokens or (NAMED_POLICY_HOT_TOKENS if settings.budget_bytes is None else None)
             settings = replace(settings, scorer=policy, hot_tokens=hot)
@@ -61,7 +63,7 @@ class Options:
             known = ", ".join(("auto", "full", *scorer_names()))
             raise OptionError(f"policy {policy!r} is not known; choose one of {known}")
         given = frozenset(kv or ())
-        for contradiction in _contradictions(policy, settings, given):
+        for contradiction in _contradictions(policy, settings, given, scorer):
             raise OptionError(contradiction)
         rules.check(kv or (), settings.scorer, disk=disk is not None)
         limit = default_memory_limit() if memory is None else parse_size(memory)
@@ -93,10 +95,10 @@ class Options:
         )
 
 
-def _contradictions(policy: str, settings: CacheSettings, given: frozenset[str]) -> Iterator[str]:
+def _contradictions(policy: str, settings: CacheSettings, given: frozenset[str], scorer: str) -> Iterator[str]:
     """What of the settings makes no sense with the others or the policy, and what to do about it.
 
-    ``given``: the keys that a person has set.
+    ``given``: the keys that a person has set; ``scorer``: as set there, whatever the policy made of it.
     """
     if policy == "full" and settings.hot_tokens is not None:
         yield "policy full keeps every token: leave out kv hot_tokens, or use policy auto"
@@ -127,13 +129,16 @@ def _contradictions(policy: str, settings: CacheSettings, given: frozenset[str])
             f"kv streaming_heads is for a head profile that ranks heads, which heads={settings.heads} does not; "
             f"leave it out or set heads to one of {', '.join(ranked_profiles())}"
         )
-    if settings.low_rank is not None and policy != "auto":
-        yield (
-            f"kv lowrank={settings.lowrank} is for what policy auto archives, and policy {policy} archives "
-            "nothing; leave it out or use policy auto"
-        )
+    for key in OF_ARCHIVE if policy != "auto" else ():
+        if key in given and (key, getattr(settings, key)) != ("lowrank", NO_LOWRANK):
+            yield (
+                f"kv {key}={getattr(settings, key)} is for what policy auto archives, and policy {policy} archives "
+                "nothing; leave it out or use policy auto"
+            )
+    if "scorer" in given and policy in scorer_names() and scorer != policy:
+        yield f"policy {policy} is a scorer, and kv scorer={scorer} another; leave out one of them"
     if settings.low_rank is None and "rank" in given:
-        yield f"kv rank={settings.rank} is of kv lowrank, which is none; set both, or neither"
+        yield f"kv rank={settings.rank} is of kv lowrank, which is none; set kv lowrank, too, or leave it out"
     if settings.lowrank == CSKV and settings.heads != ALL:
         yield (
             f"kv lowrank={settings.lowrank} has a basis for all KV heads, which heads={settings.heads} does not "

@@ -72,7 +72,7 @@ def test_every_scorer_can_be_chosen(scorer: str) -> None:
         ({"chunk": True}, "chunk=True is not"),
         ({"chunk": None}, "chunk=None is not"),
         ({"chunk": float("nan")}, "chunk=nan is not"),
-        ({"chunk": 1 << 31}, "chunk=2147483648 is not"),
+        ({"chunk": 1 << 31}, "chunk=2147483648 is too large; give less than 2147483648"),
         ({"chunk": "9" * 5000}, "is not a number of tokens"),
         ({"chunk": [1]}, "is not a number of tokens"),
     ],

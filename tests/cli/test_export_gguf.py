@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_file_answers_as_its_folder(satchel: Any, folder: Path, document: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    result = satchel("export", folder, out, "--format", "gguf", "--kv", "window=512", "--kv", "budget_bytes=64MB")
+    result = satchel("export", folder, out, "--kv", "window=512", "--kv", "budget_bytes=64MB")
     assert result.exit_code == 0
     assert result.stdout == f"{out}\n"
     assert "15 quantized" in result.stderr
@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "an unknown setting": (("out.gguf", "--format", "gguf", "--kv", "x=1"), 2, "kv setting 'x' is not known"),
     "a bad value": (("out.gguf", "--format", "gguf", "--kv", "window=wide"), 2, "kv window='wide' is not a number"),
     "settings of a package": (("out", "--kv", "window=9"), 2, "--kv is for --format gguf"),
+    "a package's flavour": (("out.gguf", "--flavour", "portable"), 2, "--flavour is for --format onnx"),
     "a flavour": (("out.gguf", "--format", "gguf", "--flavour", "native"), 2, "--flavour is for --format onnx"),
     "five bits": (("out.gguf", "--format", "gguf", "--bits", "5"), 2, "'5' is not one of '4', '8'"),
     "a letter": (("letter.gguf", "--format", "gguf"), 1, "exists and is not a GGUF file"),

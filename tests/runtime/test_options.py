@@ -20,6 +20,12 @@ RULES: list[tuple[str, dict[str, Any], str, str, dict[str, Any]]] = [
     ("auto", {"streaming_heads": 25}, "which heads=all does not", "auto", {"heads": "razor", "streaming_heads": 25}),
     ("auto", {"heads": "hybrid", "streaming_heads": 25}, "set heads to one of razor", "auto", {"heads": "hybrid"}),
     ("full", {"lowrank": "think"}, "lowrank=think is for what policy auto archives", "auto", {"lowrank": "think"}),
+    ("full", {"codec": "q4"}, "codec=q4 is for what policy auto archives", "auto", {"codec": "q4"}),
+    ("snapkv", {"retriever": "minmax"}, "and policy snapkv archives", "auto", {"retriever": "minmax"}),
+    ("full", {"recall_every": 4}, "recall_every=4 is for what", "auto", {"recall_every": 4}),
+    ("recency", {"reach": 4096}, "reach=4096 is for what", "auto", {"reach": 4096}),
+    ("recency", {"recall_tokens": 64}, "recall_tokens=64 is for what", "full", {"lowrank": "none"}),
+    ("snapkv", {"scorer": "recency"}, "kv scorer=recency another", "snapkv", {"scorer": "snapkv"}),
     ("auto", {"rank": 20}, "rank=20 is of kv lowrank", "auto", {"rank": 20, "lowrank": "cskv"}),
     ("auto", {"lowrank": "cskv", "heads": "razor"}, "leave one", "auto", {"lowrank": "think", "heads": "razor"}),
 ]  # fmt: skip
