@@ -448,7 +448,7 @@ def load(
         policy: ``full`` keeps every token as it is; ``auto`` does, up to some thousand tokens, and then keeps old ones
             encoded, in memory or on disk, and recalls what a question needs; a scorer's name forgets by its scores.
         kv: settings of the cache: ``hot_tokens``, ``chunk``, ``sinks``, ``window``, ``scorer``, ``storage``,
-            ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``,
+            ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``, ``reach``,
             ``lowrank`` (``cskv`` or ``think``: archived pairs are ``rank`` percent of their channels),
             ``head_budgets`` (``adaptive``: the heads of a layer share a scorer's budget), ``merge`` (``lookm``,
             ``lococo``, ``chelsea``: what it forgets goes into what stays), ``heads`` (a head profile: ``razor`` or

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...cache.scorers import scorer_names
-from ...cache.settings import GGML_STORAGES, OF_FORGETTING, OF_HEADS, STORAGES
+from ...cache.settings import GGML_STORAGES, OF_ARCHIVE, OF_FORGETTING, OF_HEADS, STORAGES
 from ...errors import OptionError
 
 NATIVE, LLAMA_CPP = "native", "llama.cpp"
-OF_AN_ARCHIVE = ("codec", "retriever", "recall_tokens", "recall_every", "lowrank", "rank")
 _WHY = {
     "head_budgets": "which evicts a token of all KV heads together",
     "merge": "which evicts whole tokens",
@@ -64,7 +63,7 @@ ENGINES = {
         GGML_STORAGES,
         ("recency", "keydiff", "snapkv"),
         default_scorer="recency",  # costs nothing; the others watch every run
-        unknown_kv=frozenset({*OF_AN_ARCHIVE, *OF_FORGETTING, *OF_HEADS}),
+        unknown_kv=frozenset({*OF_ARCHIVE, *OF_FORGETTING, *OF_HEADS}),
         uses_disk=False,
         linked=True,
     ),

@@ -432,6 +432,7 @@ def test_auto_keeps_everything_while_it_fits_and_then_the_newest(load_llama: Loa
         ({"kv": {"retriever": "none"}}, "kv retriever is not for --engine llama.cpp"),
         ({"kv": {"recall_tokens": 16}}, "kv recall_tokens is not for"),
         ({"kv": {"recall_every": 2}}, "kv recall_every is not for"),
+        ({"kv": {"reach": 4096}}, "kv reach is not for"),
         ({"disk": "1GB"}, "--disk is not for --engine llama.cpp"),
         *(
             ({"policy": name}, f"{name} is not available .* recency, keydiff, snapkv")

@@ -113,7 +113,7 @@ def test_a_package_without_calibration(load_tiny: Callable[..., Any]) -> None:
     [
         ({"policy": "full", "kv": {"lowrank": "think"}}, "lowrank=think is for what policy auto archives"),
         ({"policy": "snapkv", "kv": {"lowrank": "cskv"}}, "policy snapkv archives nothing"),
-        ({"kv": {"rank": 20}}, "rank=20 is of kv lowrank, which is none; set both, or neither"),
+        ({"kv": {"rank": 20}}, "rank=20 is of kv lowrank, which is none; set kv lowrank, too"),
         ({"engine": "llama.cpp", "kv": {"lowrank": "think"}}, "lowrank is not for --engine llama.cpp"),
     ],
 )
