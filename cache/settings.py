@@ -21,9 +21,6 @@ ALL_STORAGES = (*STORAGES, *GGML_STORAGES)
 LARGEST_TOKENS = 1 << 31
 OF_HEADS = ("heads", "streaming_heads")
 MOST_PERCENT = 100
-NEAR_TOKENS = 8192
-"""No recalled token is seen from further away, so that up to there nothing changes. Models find less the further back
-it is, long before the end of their trained context: docs/lab-notes.md, recall is better seen from near by."""
 OF_ARCHIVE = ("codec", "retriever", "recall_tokens", "recall_every", "reach", "lowrank", "rank")  # and of nothing else
 OF_FORGETTING = {"head_budgets": UNIFORM, "merge": NONE}  # settings of a budget that forgets, as they are by themselves
 
@@ -54,7 +51,7 @@ class CacheSettings:
     retriever: str = "channels"
     recall_tokens: int | None = None
     recall_every: int = 1
-    reach: int = NEAR_TOKENS
+    reach: int | None = None
     head_budgets: str = UNIFORM
     merge: str = NONE
     heads: str = ALL

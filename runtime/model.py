@@ -18,7 +18,7 @@ from ..devices.files.cache_folder import cache_folder, cold_folder
 from ..devices.files.safe_write import make_folder
 from ..devices.flash import default_disk_limit
 from ..devices.machine import release_free_memory, resident_memory
-from ..devices.planner import Costs, Plan, compiled_plan, make_plan, why
+from ..devices.planner import WHOLE_TOKENS, Costs, Plan, compiled_plan, make_plan, why
 from ..devices.reporting import Notice, Progress, log_notice, no_progress
 from ..devices.sizes import format_size, parse_size
 from ..errors import ClosedError, ContextLengthError, DocumentError, OptionError
@@ -355,11 +355,14 @@ class Model:
         )
 
     def _reach(self, plan: Plan, settings: CacheSettings) -> int:
-        """Of `ArchiveOptions`: near by, but not so near that recalled pairs and hot ones would lie over one another."""
+        """Of `ArchiveOptions`. Models find less the further back it is, long before the end of their trained context
+        (docs/lab-notes.md, recall is better seen from near by): long texts are recalled side by side with the window.
+        """
         if plan.hot_tokens is None or plan.hot_tokens > settings.least_hot_tokens:  # hot pairs lie where they were read
             return self.context_length
-        room = plan.capacity_tokens + plan.recall_tokens + settings.sinks
-        return min(max(settings.reach, room), self.context_length)
+        side_by_side = plan.capacity_tokens + plan.recall_tokens + settings.sinks
+        wanted = settings.reach or (side_by_side if plan.is_long else WHOLE_TOKENS)
+        return min(max(wanted, side_by_side), self.context_length)
 
     def plan(self, tokens: int) -> Plan:
         """How a text of ``tokens`` tokens (with questions and answers) would be read; nothing is.

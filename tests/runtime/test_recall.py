@@ -155,24 +155,25 @@ def test_longer_than_the_model_was_trained_for(load: Load) -> None:
             load(options, policy=policy).read_text(DOCUMENT)
 
 
-def test_what_is_recalled_is_seen_from_near_by(load: Load) -> None:
-    """Not nearer than it takes to lie beside what is hot, and where it was when pairs that scored well stay hot."""
-    options = {**EXACT, "context_length": 2048}
-    small = {"sinks": 16, "window": 112, "chunk": 64, "recall_tokens": 64, "codec": "f16", "budget_bytes": IN_LITTLE}
-    text = DOCUMENT[: len(DOCUMENT) // 3]
+@pytest.mark.parametrize(("repeats", "budget"), [(1, IN_LITTLE), (3, "3MB")])
+def test_a_long_text_is_recalled_side_by_side_with_the_window(load: Load, repeats: int, budget: str) -> None:
+    """A shorter one where it was. What is set holds, but never nearer than it takes to lie beside what is hot; and
+    pairs that scored well and stay hot stay where they were.
+    """
+    options = {**EXACT, "context_length": 32_768}
+    small = {"sinks": 16, "window": 112, "chunk": 64, "recall_tokens": 64, "codec": "grouped3", "budget_bytes": budget}
 
     def answer(**kv: object) -> list[float]:
-        with load(options, kv={**small, **kv}).read_text(text) as context:
-            assert 1000 < context.tokens < 2048
+        with load(options, kv={**small, **kv}).read_text(DOCUMENT * repeats) as context:
+            assert (context.tokens > WHOLE_TOKENS) == (repeats == 3)
             row = context.append([5])
             assert row is not None
             return [float(value) for value in row]
 
-    as_it_was = answer()
-    assert answer(reach=2048) == answer(reach=9999) == as_it_was  # 8,192 are more than the model's context
-    near = answer(reach=500)
-    assert near != as_it_was
-    assert answer(reach=1) == answer(reach=300) != near
+    side_by_side, far = answer(reach=1), answer(reach=32_768)
+    assert len({*map(tuple, (side_by_side, answer(reach=500), far))}) == 3
+    assert answer() == (side_by_side if repeats == 3 else far)
+    assert answer(reach=300) == side_by_side
     scored = {"hot_tokens": 200}
     assert answer(**scored, reach=500) == answer(**scored)
 
