@@ -51,6 +51,8 @@ from .plan import (
     Wishes,
 )
 
+NEXT_TIME_BYTES = 2 << 20  # more than now: the same program does not always take the same
+
 __all__ = [
     "CHUNKS",
     "MARGIN_BYTES",
@@ -175,6 +177,6 @@ def _refusal(room: Room, needs: list[Need], task: str, remedy: str) -> MemoryLim
         also = f" (with kv budget_bytes={format_size(kv_bytes, round_up=True)})"
     return MemoryLimitError(
         f"{format_size(room.limit_bytes)} of memory is too little for {task}: "
-        f"{format_size(least, round_up=True)} would do{also}; raise --memory or {remedy}",
+        f"{format_size(least + NEXT_TIME_BYTES, round_up=True)} would do{also}; raise --memory or {remedy}",
         smallest_bytes=least,
     )
