@@ -24,7 +24,7 @@ Examples:
   satchel methods
   satchel methods --json
 """
-PIPE_WIDTH = 200  # characters; a table in a file or pipe is not cut to a terminal's width
+PIPE_WIDTH = 240  # characters; a table in a file or pipe is not cut to a terminal's width
 
 
 class Method(Protocol):
