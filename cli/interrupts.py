@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
+# Not a SimpleQueue: a signal during the last moments of its get(timeout=...) makes that wait for ever (Python 3.11).
+_Arrived: TypeAlias = "queue.Queue[tuple[T] | BaseException | None]"
 
 POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 1.0  # to wait after Ctrl-C for work that cannot be cancelled, such as parsing a PDF
@@ -57,7 +59,7 @@ def follow(
         KeyboardInterrupt: Ctrl-C was pressed and the work goes on (`work_is_left`): leave the program.
         Exception: what the work or ``show`` raised.
     """
-    arrived: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+    arrived: _Arrived[T] = queue.Queue()
     worker = threading.Thread(target=_work, args=(items, arrived), name=_WORKER, daemon=True)
     with _count_presses() as presses:
         try:
@@ -89,7 +91,7 @@ def _once(work: Callable[[], T]) -> Iterator[T]:
     yield work()
 
 
-def _work(items: Iterable[T], arrived: queue.SimpleQueue[tuple[T] | BaseException | None]) -> None:
+def _work(items: Iterable[T], arrived: _Arrived[T]) -> None:
     try:
         for item in items:
             arrived.put((item,))
@@ -100,7 +102,7 @@ def _work(items: Iterable[T], arrived: queue.SimpleQueue[tuple[T] | BaseExceptio
 
 
 def _show_until_the_end(
-    arrived: queue.SimpleQueue[tuple[T] | BaseException | None],
+    arrived: _Arrived[T],
     presses: _Presses,
     cancel: Callable[[], object],
     show: Callable[[T], object],

@@ -254,9 +254,7 @@ def test_ctrl_c_on_a_terminal_while_reading(terminal: Any, patient: Path, tmp_pa
     screen = terminal("ask", "-m", patient, long, "Why?", "--kv", "chunk=1")
     screen.wait_for("reading")
     screen.send("\x03")
-    begun = time.monotonic()
     code, text = screen.leave()
-    assert time.monotonic() - begun < 10, (code, text)
-    assert code == 130
+    assert code == 130, text
     assert text.rstrip().endswith("satchel: stopped")
     assert "Traceback" not in text
