@@ -42,14 +42,15 @@ def command(
     documents, asked = _split(arguments, questions)
     require_documents(documents)
     session = Session(options, documents)
-    for number, question in enumerate(asked):
+    text = AnswerText()
+    for question in asked:
         session.begin()
         if as_json:
             answer = session.answer(question, _nothing)
             click.echo(json.dumps(describe(question, answer, session)))
             session.tell_if_cut(answer)
         else:
-            _print_answer(session, question, number, len(asked))
+            _print_answer(session, question, text, alone=len(asked) == 1)
 
 
 def describe(question: str, answer: Answer, session: Session) -> dict[str, object]:
@@ -65,11 +66,9 @@ def describe(question: str, answer: Answer, session: Session) -> dict[str, objec
     }  # fmt: skip
 
 
-def _print_answer(session: Session, question: str, number: int, count: int) -> None:
-    text = AnswerText()
-    if number:
-        text.write("\n")
-    if count > 1 and sys.stderr.isatty():
+def _print_answer(session: Session, question: str, text: AnswerText, *, alone: bool) -> None:
+    text.begin()
+    if not alone and sys.stderr.isatty():
         session.notice(f"> {question}")
     try:
         answer = session.answer(question, text.write)

@@ -60,8 +60,9 @@ def _piped(session: Session) -> None:
     """One question a line; the first error ends it, for nobody is there to decide."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    text = AnswerText()
     for line in sys.stdin:
-        if line.strip() and not _obey(session, line.strip()):
+        if line.strip() and not _obey(session, line.strip(), text):
             return
 
 
@@ -73,7 +74,7 @@ def _interactive(session: Session) -> None:
     session.notice(f"{about}/help lists commands; Ctrl-D leaves.")
     for line in _lines():
         try:
-            if not _obey(session, line):
+            if not _obey(session, line, AnswerText()):
                 return
         except Stopped:
             session.notice("(stopped)")
@@ -100,7 +101,7 @@ def _prompt() -> str:
     return input()
 
 
-def _obey(session: Session, line: str) -> bool:
+def _obey(session: Session, line: str, text: AnswerText) -> bool:
     """Does what a line says; False to leave."""
     if line in ("/quit", "/exit"):
         return False
@@ -114,12 +115,12 @@ def _obey(session: Session, line: str) -> bool:
     elif line.startswith("/") and line[1:].isalpha():
         session.notice(f"{line} is no command; /help lists them")
     else:
-        _answer(session, line)
+        _answer(session, line, text)
     return True
 
 
-def _answer(session: Session, question: str) -> None:
-    text = AnswerText()
+def _answer(session: Session, question: str, text: AnswerText) -> None:
+    text.begin()
     try:
         # Patience without limit: an answer stops at the next operator, and the conversation must stay whole.
         answer = session.answer(question, text.write, patience_seconds=None)

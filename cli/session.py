@@ -168,11 +168,18 @@ class Session:
 
 
 class AnswerText:
-    """Writes an answer to standard output piece by piece, and ends its last line."""
+    """Writes answers to standard output piece by piece, with a blank line between two, and ends their last lines."""
 
     def __init__(self) -> None:
         self._last = "\n"
+        self._is_first = True
         self._is_terminal = sys.stdout.isatty()
+
+    def begin(self) -> None:
+        """An answer follows."""
+        if not self._is_first:
+            self.write("\n")
+        self._is_first = False
 
     def write(self, piece: str) -> None:
         """Shows a piece at once; without control characters on a terminal, which a document may plant."""

@@ -19,7 +19,7 @@ def test_piped_questions_are_one_conversation(satchel: Any, tiny: Path, document
     with library.load(tiny, notice=lambda _: None) as model:
         context = model.read(document)
         answers = [context.ask(question, max_new_tokens=4).text for question in ("How often?", "And why?")]
-    assert result.stdout == "".join(text if text.endswith("\n") else text + "\n" for text in answers)
+    assert result.stdout == "\n".join(text if text.endswith("\n") else text + "\n" for text in answers)
     assert "> " not in result.stdout + result.stderr
 
 
