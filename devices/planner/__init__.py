@@ -126,7 +126,7 @@ def make_plan(
     if not keep_everything and wishes.hot_tokens is None and whole_fits_best:
         needs.append(whole)
     remedy = _remedy(wishes, keep_everything=keep_everything, archive=archives)
-    raise _refusal(room, needs, f"{tokens:,} tokens with this model", remedy)
+    raise _refusal(room, needs, f"{tokens:,} tokens of text, questions and answers with this model", remedy)
 
 
 def compiled_plan(costs: Costs, limit_bytes: int, *, tokens: int, wishes: Wishes, after: Plan) -> Plan:
