@@ -258,11 +258,14 @@ class KVCache:
         self._native.watch(first, end)
 
     def keep_watched(self, first: int) -> None:
-        """What the pairs that are watched, from the position ``first`` on, have been given is their score from here on:
-        the largest share of a query's attention. Nothing is watched any more."""
+        """What the pairs that are watched, from the position ``first`` on, have added to what attention reads is their
+        score from here on: the largest share of a query's attention, times the length of the value. Nothing is watched
+        any more."""
         for layer in self._shape.full_layers:
             for head in range(self._shape.kv_heads):
-                self._ranking.keep(layer, head, first, np.exp(self._native.watched(layer, head)))
+                shares = np.exp(self._native.watched(layer, head))
+                norms = self._native.value_norms(layer, head, first, first + len(shares))
+                self._ranking.keep(layer, head, first, shares * norms)
         self._native.watch(0, 0)
 
     @property

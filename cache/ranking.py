@@ -18,6 +18,7 @@ from .snapshots.layout import RAW
 from .snapshots.snapshot import Snapshot
 from .snapshots.state import SectionToWrite, unusable
 
+END_OF_POSITIONS = int(np.iinfo(np.int32).max)
 _NUMBER = np.dtype("<u4")
 _PAIR = np.dtype([("position", "<i4"), ("score", "<f4")])
 
@@ -96,16 +97,15 @@ class Ranking:
         heads = range(self._kv_heads) if head is None else range(head, head + 1)
         scorer, tokens = self._scorer, native.tokens(layer, heads[0])
         keys = np.empty((len(heads), tokens, self._head_size if scorer.needs_pairs else 0), dtype=np.float32)
-        values = np.empty((len(heads), tokens, self._head_size if scorer.needs_values else 0), dtype=np.float32)
         positions = np.empty((len(heads), tokens), dtype=np.int32)
         for row, kv_head in enumerate(heads):
             if not scorer.needs_pairs:
                 positions[row] = native.positions(layer, kv_head)
                 continue
-            found = native.read(layer, kv_head)
-            keys[row], positions[row] = found[0], found[2]
-            if scorer.needs_values:
-                values[row] = found[1]
+            keys[row], _, positions[row] = native.read(layer, kv_head)
+        norms = np.empty((len(heads), tokens if scorer.needs_value_norms else 0), dtype=np.float32)
+        if scorer.needs_value_norms:
+            norms[:] = [native.value_norms(layer, kv_head, 0, END_OF_POSITIONS) for kv_head in heads]
         queries, query_positions = native.observed(layer)
         group = queries.shape[1] // self._kv_heads
         queries = queries[:, heads[0] * group : (heads[-1] + 1) * group]
@@ -114,7 +114,7 @@ class Ranking:
         if scorer.needs_retention:
             retention = np.stack([native.retention(layer, kv_head) for kv_head in heads])
         return LayerView(
-            keys, values, positions, queries, query_positions, native.frequencies(layer), self._scale, kept, until,
+            keys, norms, positions, queries, query_positions, native.frequencies(layer), self._scale, kept, until,
             retention,
         )  # fmt: skip
 

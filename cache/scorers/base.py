@@ -16,7 +16,8 @@ Floats = NDArray[np.float32]
 class LayerView:
     """One layer of the cache after a chunk. Letters: K KV heads, H query heads, T tokens, D head size, W queries.
 
-    ``keys`` (after RoPE) and ``values`` float32 [K, T, D] (D is 0 when the scorer does not need them);
+    ``keys`` (after RoPE) float32 [K, T, D] (D is 0 when the scorer does not need them);
+    ``value_norms`` float32 [K, T], the lengths of the values ([K, 0] when it does not need them);
     ``positions`` int32 [K, T], ascending in each head;
     ``queries`` (before RoPE) float32 [W, H, D] at ``query_positions`` int32 [W], the last ones of the chunk, as many
     as the scorer declares; ``frequencies`` float32 [rotated dimensions / 2], radians per position; ``scale`` of the
@@ -28,7 +29,7 @@ class LayerView:
     """
 
     keys: Floats
-    values: Floats
+    value_norms: Floats
     positions: NDArray[np.int32]
     queries: Floats
     query_positions: NDArray[np.int32]
@@ -48,8 +49,8 @@ class Scorer(ABC):
     """How many of a chunk's last queries the view must hold."""
     needs_pairs: ClassVar[bool] = True
     """Whether it looks at keys (copying them out costs time)."""
-    needs_values: ClassVar[bool] = False
-    """Whether it looks at values, too."""
+    needs_value_norms: ClassVar[bool] = False
+    """Whether it asks how long values are."""
     keeps_scores: ClassVar[bool] = False
     """Whether the view must hold what it gave the pairs the last time: the cache then keeps that, in forks and
     snapshots, too."""
@@ -63,8 +64,9 @@ class Scorer(ABC):
     @classmethod
     def scoring_bytes_per_token(cls, kv_heads: int, head_size: int) -> int:
         """Working memory for each token of a layer: the copies of the view, and rows of logits as wide as the layer."""
-        copies = (1 + cls.needs_values) * kv_heads + 3  # one more head's keys and values on their way, and scaled keys
-        rows = 4 + 6 * cls.keeps_scores  # of scores; kept ones, and how often each pair was seen
+        copies = kv_heads + 3  # one more head's keys and values on their way, and scaled keys
+        # Of scores; kept ones, and how often each pair was seen; lengths of values, and what comes of them.
+        rows = 4 + 6 * cls.keeps_scores + 3 * cls.needs_value_norms
         return 4 * (copies * head_size * cls.needs_pairs + 3 * cls.observed_queries + rows * kv_heads)
 
     @classmethod

@@ -20,7 +20,7 @@ class ExpectedAttention(Scorer):
     name = "expected-attention"
     paper = "Expected Attention, arXiv 2510.00636"
     observed_queries = 128
-    needs_values = True
+    needs_value_norms = True
 
     def score(self, view: LayerView) -> Floats:
         kv_heads, tokens, size = view.keys.shape
@@ -38,8 +38,7 @@ class ExpectedAttention(Scorer):
             logits += spread * np.float32(view.scale**2 / 2)
             weights = np.exp(logits - logits.max())
             scores[kv_head] += weights / weights.sum()
-        lengths: Floats = np.linalg.norm(view.values, axis=-1)
-        return scores * lengths
+        return scores * view.value_norms
 
 
 def _mean_rotation(view: LayerView, size: int) -> Floats:

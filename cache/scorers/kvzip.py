@@ -2,15 +2,18 @@
 
 The text is read whole. Then, piece by piece, the model is asked to repeat it and reads the piece a second time: a
 pair's score [K, T] is the largest share of attention that any of these queries gives it, over the query heads that
-read its KV head (`runtime/compiling.py` does this, the cache keeps the scores). So a text is compiled once, for all
-questions.
+read its KV head, times the length of its value (`runtime/compiling.py` does this, the cache keeps the scores). So a
+text is compiled once, for all questions.
 
 What is read after that (questions, answers) has no such score. It ranks below what has one, the newest first: a
 conversation takes no room from the document, and of itself keeps what the cache's window holds and the budget has left.
 
-Departures: shares are of the softmax over all that a query sees, where the paper leaves other pieces of the text out
-of it; of a text that came in parts, what was dropped of the earlier ones is no longer seen. The paper compares the
-heads of all layers with each other, `head_budgets=adaptive` those of a layer, and `uniform` none.
+Departures: the paper has the shares alone, which found no needle in an eighth of the pairs here: much of the attention
+goes to pairs whose values are nearly nothing. VATP (arXiv 2406.12335) puts the length of the value beside it, and KVzap
+(arXiv 2601.07891) that of what the output projection makes of it, relative to the residual stream. Shares are of the
+softmax over all that a query sees, where the paper leaves other pieces of the text out of it; of a text that came in
+parts, what was dropped of the earlier ones is no longer seen. The paper compares the heads of all layers with each
+other, `head_budgets=adaptive` those of a layer, and `uniform` none.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ class KVCache {
   void watch(int first, int end);
   // The logarithms of these shares [end - first]; -inf where no query has come.
   std::vector<float> watched(int layer, int kv_head) const;
+  // The lengths of the values of a head's hot pairs at positions first .. end - 1.
+  std::vector<float> value_norms(int layer, int kv_head, int first, int end) const;
 
   // Stores all pairs before `until` (a multiple of the archive's step) in the archive: of all heads that see everything,
   // or, when it fails, of none. Layers with a window and streaming heads archive nothing: what has left it is never read

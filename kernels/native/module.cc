@@ -151,6 +151,11 @@ PYBIND11_MODULE(_native, m) {
         return py::array_t<float>(py::ssize_t(best.size()), best.data());
       }, py::arg("layer"), py::arg("kv_head"),
          "float32 [end - first]: the logarithm of the largest share of a query's attention that each pair has had.")
+      .def("value_norms", [](const CacheHandle& self, int layer, int kv_head, int first, int end) {
+        const std::vector<float> norms = self.get().value_norms(layer, kv_head, first, end);
+        return py::array_t<float>(py::ssize_t(norms.size()), norms.data());
+      }, py::arg("layer"), py::arg("kv_head"), py::arg("first"), py::arg("end"),
+         "float32 [hot pairs]: the lengths of the values of the hot pairs at positions first .. end - 1.")
       .def_property_readonly("archived_until", [](const CacheHandle& self) { return self.get().archived_until(); })
       .def("archive", [](CacheHandle& self, int until, const std::optional<Array<float>>& block_scores, int thread_count) {
         const std::shared_ptr<KVCache> cache = self.shared();

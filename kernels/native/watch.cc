@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 #include "kv_cache.h"
@@ -37,6 +38,22 @@ std::vector<float> KVCache::watched(int layer, int kv_head) const {
     throw std::invalid_argument("of this layer and head nothing is watched");
   const size_t count = watch_->end - watch_->first;
   return {best.begin() + kv_head * count, best.begin() + (kv_head + 1) * count};
+}
+
+std::vector<float> KVCache::value_norms(int layer, int kv_head, int first, int end) const {
+  const Head& head = layers_.at(layer).heads.at(kv_head);
+  const int D = shape_.head_size, from = first_at(head, first), until = first_at(head, end);
+  std::vector<float> norms(std::max(until - from, 0)), keys(size_t(kPageTokens) * D), values(keys.size());
+  int32_t positions[kPageTokens];
+  for (int done = 0; done < int(norms.size()); done += kPageTokens) {
+    const int n = std::min(kPageTokens, int(norms.size()) - done);
+    read_range(head, from + done, n, keys.data(), values.data(), positions);
+    for (int t = 0; t < n; ++t) {
+      const float* value = values.data() + size_t(t) * D;
+      norms[done + t] = std::sqrt(std::inner_product(value, value + D, value, 0.0f));
+    }
+  }
+  return norms;
 }
 
 // After attention: the maxima and weights of all splits are in the workspace.

@@ -29,7 +29,7 @@ def make_view(seed: int = 0, queries: int = QUERIES) -> LayerView:
     places = np.sort(rng.choice(10 * TOKENS, (TOKENS,), replace=False)).astype(np.int32)
     return LayerView(
         keys=rng.normal(size=(KV_HEADS, TOKENS, SIZE)).astype(np.float32),
-        values=rng.normal(size=(KV_HEADS, TOKENS, SIZE)).astype(np.float32),
+        value_norms=rng.uniform(0.5, 1.5, size=(KV_HEADS, TOKENS)).astype(np.float32),
         positions=np.stack([places] * KV_HEADS),
         queries=rng.normal(size=(queries, HEADS, SIZE)).astype(np.float32),
         query_positions=places[len(places) - queries :],
@@ -161,7 +161,7 @@ def test_the_view_stays_as_it_was(name: str) -> None:
     view, again = make_view(), make_view()
     find_scorer(name).score(view)
     for field in (
-        "keys", "values", "positions", "queries", "query_positions", "frequencies", "kept", "retention",
+        "keys", "value_norms", "positions", "queries", "query_positions", "frequencies", "kept", "retention",
     ):  # fmt: skip
         np.testing.assert_array_equal(getattr(view, field), getattr(again, field))
 
@@ -169,8 +169,8 @@ def test_the_view_stays_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("name", scorer_names())
 def test_heads_are_scored_apart(name: str) -> None:
     view = make_view()
-    other = replace(view, keys=view.keys.copy(), values=view.values.copy(), queries=view.queries.copy())
-    other.keys[1], other.values[1], other.queries[:, 2:] = 7.0, 3.0, -1.0
+    other = replace(view, keys=view.keys.copy(), value_norms=view.value_norms.copy(), queries=view.queries.copy())
+    other.keys[1], other.value_norms[1], other.queries[:, 2:] = 7.0, 3.0, -1.0
     scorer = find_scorer(name)
     np.testing.assert_allclose(scorer.score(other)[0], scorer.score(view)[0], rtol=1e-5)
 
@@ -191,8 +191,9 @@ def test_few_tokens(name: str, tokens: int) -> None:
     view = make_view(queries=1)
     last = slice(TOKENS - tokens, TOKENS)
     assert view.retention is not None
-    few = replace(view, keys=view.keys[:, last], values=view.values[:, last], positions=view.positions[:, last],
-                  kept=view.kept[:, last], retention=view.retention[:, last])  # fmt: skip
+    few = replace(view, keys=view.keys[:, last], value_norms=view.value_norms[:, last],
+                  positions=view.positions[:, last], kept=view.kept[:, last],
+                  retention=view.retention[:, last])  # fmt: skip
     scores = find_scorer(name).score(few)
     assert scores.shape == (KV_HEADS, tokens)
     assert np.isfinite(scores).all()
@@ -206,7 +207,7 @@ def test_recency_follows_positions() -> None:
 def test_expected_attention_prefers_longer_values() -> None:
     view = make_view()
     view.keys[:] = view.keys[:, :1]  # all keys alike
-    view.values[:, 50] *= 10
+    view.value_norms[:, 50] = 15
     assert (find_scorer("expected-attention").score(view).argmax(axis=1) == 50).all()
 
 
@@ -367,6 +368,20 @@ def test_knorm_keeps_short_keys_where_keydiff_keeps_unlike_ones() -> None:
     assert best("keydiff", view) == [PLANTED, PLANTED]
 
 
+def test_locret_prefers_longer_values() -> None:
+    view = make_view()
+    assert view.retention is not None
+    view.retention[:] = -3.0
+    view.value_norms[:, 50] = 15
+    view.value_norms[:, 51] = 0.0
+    scores = find_scorer("locret").score(view)
+    assert (scores.argmax(axis=1) == 50).all()
+    assert (scores.argmin(axis=1) == 51).all()
+    assert np.isfinite(scores).all()
+    view.retention[:, 60] = -3.0 + np.log(40)  # more attention than the longest value makes up for
+    assert (find_scorer("locret").score(view).argmax(axis=1) == 60).all()
+
+
 def test_kvzip_ranks_what_came_later_below_the_text_and_by_age() -> None:
     view = make_view()
     plant_a_compiled_pair(view)
@@ -386,12 +401,13 @@ def test_what_a_scorer_declares(name: str) -> None:
     tokens, heads, size = 3_000, 4, 32
     rng = np.random.default_rng(0)
     queries = max(scorer.observed_queries, 1)
-    keys, values = (rng.normal(size=(heads, tokens, size)).astype(np.float32) for _ in range(2))
+    keys = rng.normal(size=(heads, tokens, size)).astype(np.float32)
+    norms = np.ones((heads, tokens), np.float32)
     places = np.tile(np.arange(tokens, dtype=np.int32), (heads, 1))
     frequencies = (1e4 ** (-np.arange(size // 2) / 16)).astype(np.float32)
     tracemalloc.start()
     view = LayerView(keys.copy() if scorer.needs_pairs else keys[..., :0],
-                     values.copy() if scorer.needs_values else values[..., :0], places.copy(),
+                     norms.copy() if scorer.needs_value_norms else norms[:, :0], places.copy(),
                      rng.normal(size=(queries, 8, size)).astype(np.float32), places[0, -queries:], frequencies, 0.1,
                      kept=np.zeros((heads, tokens), np.float32),
                      retention=np.zeros((heads, tokens), np.float32))  # fmt: skip

@@ -91,6 +91,11 @@ def compare(cache: kernels.KVCache, twin: CacheReference, layer: int, head: int,
     raw, again, _ = cache.read(layer, head, rotated=False)
     np.testing.assert_allclose(raw, held.raw_keys, atol=size * (2 * unit + 8 * UNIT["fp32"]))
     np.testing.assert_array_equal(again, values)
+    norms = np.linalg.norm(values.astype(np.float64), axis=1)
+    np.testing.assert_allclose(cache.value_norms(layer, head, 0, 2**31 - 1), norms, rtol=1e-5, atol=1e-6)
+    if len(places) > 2:
+        some = cache.value_norms(layer, head, places[1], places[-1])
+        np.testing.assert_allclose(some, norms[1:-1], rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_rounds_to_nearest_even() -> None:

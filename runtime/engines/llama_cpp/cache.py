@@ -154,7 +154,7 @@ class LlamaCppCache:
             asked = np.empty(0, np.int32) if seen.query_positions is None else seen.query_positions
             positions = np.broadcast_to(self.positions, (len(keys), len(self.positions)))
             # the queries were turned already: no frequencies
-            view = LayerView(keys, keys[..., :0], positions, queries, asked, np.empty(0, np.float32), seen.scale)
+            view = LayerView(keys, keys[..., 0, :0], positions, queries, asked, np.empty(0, np.float32), seen.scale)
             total += scorer.score(view).mean(axis=0)
         scores: NDArray[np.float32] = total / np.float32(layers)
         return scores
