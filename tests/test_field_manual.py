@@ -377,11 +377,12 @@ def test_the_example_scorer_works() -> None:
     exec(python_block(17), names)
     scorer = names["ValueNorm"]()
     rng = np.random.default_rng(6)
-    keys, values = (rng.normal(size=(2, 9, 4)).astype(np.float32) for _ in range(2))
-    values[:, 5] *= 100
+    keys = rng.normal(size=(2, 9, 4)).astype(np.float32)
+    norms = rng.uniform(1, 2, size=(2, 9)).astype(np.float32)
+    norms[:, 5] *= 100
     positions = np.tile(np.arange(9, dtype=np.int32), (2, 1))
     none = np.empty(0, np.int32)
-    view = LayerView(keys, values, positions, np.empty((0, 2, 4), np.float32), none, np.ones(2, np.float32), 0.5)
+    view = LayerView(keys, norms, positions, np.empty((0, 2, 4), np.float32), none, np.ones(2, np.float32), 0.5)
     scores = scorer.score(view)
     assert (scores.shape, scores.dtype, scores.flags.writeable) == ((2, 9), np.float32, True)
     assert scores.argmax(axis=1).tolist() == [5, 5]
