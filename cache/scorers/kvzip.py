@@ -8,7 +8,7 @@ text is compiled once, for all questions.
 What is read after that (questions, answers) has no such score. It ranks below what has one, the newest first: a
 conversation takes no room from the document, and of itself keeps what the cache's window holds and the budget has left.
 
-Departures: the paper has the shares alone, which found no needle in an eighth of the pairs here: much of the attention
+Departures: the paper has the shares alone, which lost the needle in an eighth of the pairs here: much of the attention
 goes to pairs whose values are nearly nothing. VATP (arXiv 2406.12335) puts the length of the value beside it, and KVzap
 (arXiv 2601.07891) that of what the output projection makes of it, relative to the residual stream. Shares are of the
 softmax over all that a query sees, where the paper leaves other pieces of the text out of it; of a text that came in

@@ -2,7 +2,7 @@
 
 Departures: the network foretells the logarithm of the attention that a pair will be given, and that of the length of
 its value is added. Much of the attention goes to pairs whose values are nearly nothing: an eighth of the pairs, chosen
-by attention alone, held no needle here (as with `kvzip`, which says where the remedy comes from).
+by attention alone, had lost the needle here (as with `kvzip`, which says where the remedy comes from).
 The paper's stabilizers, the last tokens of each chunk that stay whatever their score, are the window of the settings
 here. Theirs end before the last chunk of a prompt, whose tokens compete for the budget: the question is in it. We read
 the document before anybody has asked, so no chunk is known to be the last, and the next text continues the window.

@@ -180,6 +180,8 @@ def test_the_best_stay(load: Load, head_budgets: str, monkeypatch: pytest.Monkey
                 assert np.isfinite(found[places]).all()
                 assert np.isnan(np.delete(found, places)).all()
                 assert found[places].min() >= 0
+                norms = cache._native.value_norms(layer, head, 0, total)
+                assert (found[places] <= norms * (1 + 9 * head)).all()
         pages = [sum(-(-held[layer, head] // kernels.PAGE_TOKENS) for head in range(2)) for layer in range(2)]
         assert max(pages) <= 2 * -(-300 // kernels.PAGE_TOKENS)
         assert (set(held.values()) == {300}) == (head_budgets == "uniform")
