@@ -16,14 +16,8 @@
 namespace satchel {
 namespace {
 
-// 8-bit products pay where the 16-bit sums last for several products: not for 8-bit weights without VNNI.
-inline bool fits_bytes(const PackedMatrix& w) {
-#if defined(__AVX512VNNI__)
-  return w.block == 32;
-#else
-  return w.bits <= 5 && w.block == 32;
-#endif
-}
+// Weights of more bits keep activations of 16: rounded to 8, these would be the coarser of the two.
+inline bool fits_bytes(const PackedMatrix& w) { return w.bits <= 5 && w.block == 32; }
 constexpr int64_t kFewRows = 4;  // up to here unpacking into bytes is not worth it: 16-bit products of the same codes
 
 inline float sum_of(__m256 v) {
