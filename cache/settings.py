@@ -48,7 +48,7 @@ class CacheSettings:
     storage: str = "bf16"
     budget_bytes: int | None = None
     codec: str | None = None
-    retriever: str = "channels"
+    retriever: str | None = None
     recall_tokens: int | None = None
     recall_every: int = 1
     reach: int | None = None

@@ -94,8 +94,8 @@ def describe(model: str, context: int, found: Forecast) -> dict[str, Any]:
     assert predicted is not None
     return {
         "model": model, "context": context, "memory_bytes": plan.limit_bytes, "disk_bytes": found.disk_bytes,
-        "placement": plan.placement, "why": found.why, "codec": plan.codec, "chunk": plan.chunk,
-        "hot_tokens": plan.hot_tokens, "sinks": plan.sinks, "window": plan.window,
+        "placement": plan.placement, "why": found.why, "codec": plan.codec, "retriever": plan.retriever,
+        "chunk": plan.chunk, "hot_tokens": plan.hot_tokens, "sinks": plan.sinks, "window": plan.window,
         "recall_tokens": plan.recall_tokens,
         "rows": [{"name": name, "bytes": taken} for name, taken in plan.rows],
         "total_bytes": plan.total_bytes, "held_bytes": plan.held_bytes(context),
@@ -127,8 +127,10 @@ def _lines(model: str, context: int, found: Forecast) -> list[str]:
 
 
 def _settings(plan: Plan) -> str:
-    named = {"codec": plan.codec, "chunk": plan.chunk, "hot tokens": plan.hot_tokens, "sinks": plan.sinks,
-             "window": plan.window, "recalled tokens": plan.recall_tokens or None}  # fmt: skip
+    named = {
+        "codec": plan.codec, "retriever": plan.retriever, "chunk": plan.chunk, "hot tokens": plan.hot_tokens,
+        "sinks": plan.sinks, "window": plan.window, "recalled tokens": plan.recall_tokens or None,
+    }  # fmt: skip
     return ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
 
 

@@ -19,6 +19,7 @@ from ..export.spec import ModelSpec
 
 STORAGE_BYTES = {"bf16": 2, "fp32": 4}
 CODECS_OF_CHOICE = ("q8", "grouped4", "grouped3", "grouped2")  # the planner's, the best quality first
+RETRIEVERS_OF_CHOICE = ("channels", "landmark")  # likewise
 
 
 def page_bytes(head_size: int, storage: str, *, retention: bool = False) -> int:
@@ -61,12 +62,18 @@ def window_costs(
 def archive_costs(
     package: Package, settings: CacheSettings, windows: Sequence[int] = (), streaming: StreamingHeads | None = None
 ) -> tuple[ArchiveCost, ...]:  # fmt: skip
-    """The codecs that a plan may use: the one that was asked for, or those of choice, the best first."""
+    """What a plan may use: the codec and retriever that were asked for, or those of choice, the best first."""
     spec = package.spec
-    names = (settings.codec,) if settings.codec else CODECS_OF_CHOICE
+    codecs = (settings.codec,) if settings.codec else CODECS_OF_CHOICE
+    retrievers = (settings.retriever,) if settings.retriever else RETRIEVERS_OF_CHOICE
     heads = full_heads(spec, windows, streaming)
-    sizes = {name: bytes_per_token(find_codec(name), spec.head_size, settings.low_rank) for name in names}
-    return tuple(ArchiveCost(name, heads * size) for name, size in sizes.items())
+
+    def cost(codec: str, retriever: str) -> ArchiveCost:
+        finder, size = find_retriever(retriever), spec.head_size
+        payload = heads * bytes_per_token(find_codec(codec), size, settings.low_rank)
+        return ArchiveCost(codec, payload, retriever, heads * finder.digest_bytes_per_token(size), finder.step_tokens)
+
+    return tuple(cost(codec, retriever) for retriever in retrievers for codec in codecs)
 
 
 def unpacked_bytes(package: Package) -> int:
@@ -117,7 +124,6 @@ def costs_of(
         # twice: what a run that is rolled back must restore
         observed_bytes=2 * scorer.observed_queries * spec.layers * spec.heads * spec.head_size * 4,
         scoring_bytes_per_token=demotion_bytes_per_token(spec, settings),
-        digest_bytes_per_token=pages * find_retriever(settings.retriever).digest_bytes_per_token(spec.head_size),
         archive=archive_costs(package, settings, windows, streaming),
         heads=max(pages, 1),
         threads=threads,

@@ -33,7 +33,7 @@ from .engines import DEVICES as _DEVICES
 from .engines import ConversationCache, Engine, open_engine, require_engine
 from .engines.rules import NATIVE, find_rules
 from .file_settings import with_settings_of
-from .memory import CODECS_OF_CHOICE, full_heads
+from .memory import CODECS_OF_CHOICE, RETRIEVERS_OF_CHOICE, full_heads
 from .options import Options
 from .snapshots import LEAST_TOKENS, DocumentSnapshots
 from .tokenizer import Tokenizer
@@ -343,7 +343,7 @@ class Model:
             make_folder(folder)
         return ArchiveOptions(
             codec=plan.codec or settings.codec or CODECS_OF_CHOICE[0],
-            retriever=settings.retriever,
+            retriever=plan.retriever or settings.retriever or RETRIEVERS_OF_CHOICE[0],
             sinks=settings.sinks,
             window=settings.window,
             recall_tokens=OUTGROWN_RECALL_TOKENS if outgrown else plan.recall_tokens,

@@ -9,7 +9,6 @@ from ..cache import CacheSettings
 from ..cache.head_profiles import ALL, find_profile, ranked_profiles
 from ..cache.lowrank import CSKV, NO_LOWRANK
 from ..cache.mergers import NONE, find_merger
-from ..cache.retrievers import find_retriever
 from ..cache.scorers import find_scorer, scorer_names
 from ..cache.scorers.recency import Recency
 from ..cache.settings import OF_ARCHIVE
@@ -91,7 +90,6 @@ class Options:
             window=settings.window if "window" in self.given else None,
             recall_tokens=0 if settings.retriever == "none" else settings.recall_tokens,
             budget_bytes=settings.budget_bytes,
-            step_tokens=find_retriever(settings.retriever).step_tokens,
         )
 
 

@@ -39,7 +39,7 @@ from satchel.export.weights import plan_matrices, share_embedding
 from satchel.runtime import context, model, options
 from satchel.runtime.bench import DECODE_TOKENS, DEFAULT_RUNS
 from satchel.runtime.documents import archive, html, source
-from satchel.runtime.memory import page_bytes
+from satchel.runtime.memory import RETRIEVERS_OF_CHOICE, page_bytes
 from satchel.runtime.sampling import SamplingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,7 +243,7 @@ def test_the_archive() -> None:
     assert CacheSettings().recall_every == 1
     says(6, "again for every token", f"{RECALL_TOKENS:,} unless you say so")
     says(6, f"are read {RECALL_PART_TOKENS:,} tokens at a time", "a tenth of the free space")
-    assert (CacheSettings().retriever, DEFAULT_SHARE) == ("channels", 10)
+    assert (RETRIEVERS_OF_CHOICE, DEFAULT_SHARE) == (("channels", "landmark"), 10)
 
 
 def test_scorers() -> None:

@@ -6,11 +6,12 @@ The decision, for the policy ``auto``, is by quality first and speed second:
 2. Else a small hot tier and an **archive** of everything that leaves it. An 8-bit archive loses next to nothing and
    costs only its digests in RAM when it lies on flash, so the best codec is kept as long as there is any place for it:
    all of it in RAM (``warm``); else what fits there, the rest on disk (``mixed``, or ``cold`` when nothing does).
-   Then the next smaller codec, in the same order.
+   Then the next smaller codec, in the same order; and where the digests alone are too much, smaller ones.
 3. Else an error that names the smallest limit which would do.
 
 The hot tier takes the roomiest rung of one ladder that fits: 64 sinks and a window of 1,024, both shrinking together
-down to 16 and 112; the chunk is the largest of `CHUNKS` that the window is as long as, or half of it. Recalled tokens,
+down to 16 and 112; the chunk is the largest of `CHUNKS` that the window is as long as, or half of it. Below the last
+rung there is one of a window of 80 and 32 tokens at a time. Recalled tokens,
 4,096, hardly cost memory and do not shrink. What a person sets stays as it is.
 
 ``budget_bytes`` bounds hot pages, warm pages, digests and recalled tokens of a conversation together, however large

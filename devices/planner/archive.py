@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from .plan import (
     ARCHIVE_PAGE_TOKENS,
-    ARCHIVE_STEP,
     CHUNKS,
     ArchiveCost,
     Costs,
@@ -23,6 +22,7 @@ from .plan import (
 # Tokens per KV head, least and most; measured in docs/lab-notes.md. Recalled tokens are what quality depends on, and
 # they cost hardly any memory: those on disk are read and attended to a part at a time, by every thread.
 SINKS, WINDOW = (16, 64), (112, 1024)
+LAST_WINDOW, LAST_CHUNK = 80, 32  # one hot page fewer than with the least window, and slower to read
 RECALL_TOKENS, RECALL_PART_TOKENS = 4096, 1024
 RUNGS = 16
 
@@ -36,7 +36,7 @@ class Split:
     window: int
     hot_tokens: int
     recall_tokens: int
-    step_tokens: int = ARCHIVE_STEP
+    step_tokens: int
 
     @property
     def capacity_tokens(self) -> int:
@@ -64,7 +64,7 @@ class _Work:
     disk_bytes: int
 
 
-def splits(wishes: Wishes) -> list[Split]:
+def splits(wishes: Wishes, step_tokens: int) -> list[Split]:
     """From the roomiest to the tightest: sinks and window shrink, and the chunk with them.
 
     A chunk is no longer than the window, which is all that its first token sees in full beside the sinks. Before the
@@ -72,36 +72,46 @@ def splits(wishes: Wishes) -> list[Split]:
     """
     ladder = []
     for step in range(RUNGS, -1, -1):
-        rung = _rung(step / RUNGS, wishes)
+        rung = _rung(step / RUNGS, wishes, step_tokens)
         ladder.append(rung)
         if wishes.chunk is None and rung.chunk > CHUNKS[-1]:
             ladder.append(replace(rung, chunk=rung.chunk // 2))
     return list(dict.fromkeys(ladder))
 
 
+def last_resort(wishes: Wishes, step_tokens: int) -> list[Split]:
+    """Tighter than all `splits`, where a person leaves the choice."""
+    if wishes.chunk or wishes.window or wishes.hot_tokens:
+        return []
+    rung = _rung(0, wishes, step_tokens)
+    return [replace(rung, chunk=LAST_CHUNK, window=LAST_WINDOW, hot_tokens=rung.sinks + LAST_WINDOW)]
+
+
 def archive_plan(
     costs: Costs, room: Room, tokens: int, longest_tokens: int, wishes: Wishes, disk_bytes: int
 ) -> Plan | None:  # fmt: skip
-    """The best plan with an archive, or None. Codecs by quality; RAM before disk; of each one the roomiest split."""
+    """The best plan with an archive, or None. Codecs and retrievers by quality; RAM before disk; of each one the
+    roomiest split."""
     work = _Work(costs, room, tokens, longest_tokens, disk_bytes)
-    for cost in costs.archive:
-        for place in (_warm, _on_disk):
-            for split in splits(wishes):
-                if plan := place(work, split, cost):
-                    return plan
+    for ladder in (splits, last_resort):
+        for cost in costs.archive:
+            for place in (_warm, _on_disk):
+                for split in ladder(wishes, cost.step_tokens):
+                    if plan := place(work, split, cost):
+                        return plan
     return None
 
 
 def archive_needs(costs: Costs, tokens: int, wishes: Wishes, disk_bytes: int) -> list[Need]:
     """What each way to read with an archive takes at least."""
     found = []
-    for split in splits(wishes):
-        held, windows = split.capacity_tokens, costs.window_bytes(split.chunk)
-        fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held, windows))
-        pages = _pages(tokens, split)
-        for cost in costs.archive:
+    for cost in costs.archive:
+        for split in (*splits(wishes, cost.step_tokens), *last_resort(wishes, cost.step_tokens)):
+            held, windows = split.capacity_tokens, costs.window_bytes(split.chunk)
+            fixed = sum(size for _, size in _scored(costs, split).rows(split.chunk, held, windows))
+            pages = _pages(tokens, split)
             for archived in _least_archived(cost, costs, pages, split, disk_bytes):
-                more = archived + pages * costs.digest_page_bytes
+                more = archived + pages * cost.digest_page_bytes
                 kv_bytes = costs.kv_bytes(held) + windows + more
                 found.append(Need(fixed + more + split.fork_bytes(costs), kv_bytes))
     return found
@@ -117,7 +127,7 @@ def _least_archived(
         yield (pages - cold) * cost.page_bytes + _recall_bytes(cost, costs, split)
 
 
-def _rung(share: float, wishes: Wishes) -> Split:
+def _rung(share: float, wishes: Wishes, step_tokens: int) -> Split:
     sinks = _between(SINKS, share) if wishes.sinks is None else wishes.sinks
     window = _between(WINDOW, share) if wishes.window is None else wishes.window
     if wishes.hot_tokens is not None:
@@ -125,7 +135,7 @@ def _rung(share: float, wishes: Wishes) -> Split:
     hot = max(sinks + window, wishes.hot_tokens or 0)
     recall = RECALL_TOKENS if wishes.recall_tokens is None else wishes.recall_tokens
     chunk = wishes.chunk or next((size for size in CHUNKS if size <= hot - sinks), CHUNKS[-1])
-    return Split(chunk, sinks, window, hot, recall, wishes.step_tokens)
+    return Split(chunk, sinks, window, hot, recall, step_tokens)
 
 
 def _between(ends: tuple[int, int], share: float) -> int:
@@ -147,7 +157,7 @@ def _scored(costs: Costs, split: Split) -> Costs:
     return costs if split.hot_tokens > split.sinks + split.window else replace(costs, scoring_bytes_per_token=0)
 
 
-def _left(work: _Work, split: Split, pages: int) -> int:
+def _left(work: _Work, split: Split, cost: ArchiveCost, pages: int) -> int:
     """Bytes that are left of the KV cache's room beside the hot pages and the digests."""
     held, costs = split.capacity_tokens, _scored(work.costs, split)
     hot = costs.kv_bytes(held) + costs.window_bytes(split.chunk)
@@ -155,16 +165,16 @@ def _left(work: _Work, split: Split, pages: int) -> int:
     room = work.room.beside(costs, split.chunk) - scoring - split.fork_bytes(costs)
     if work.room.budget_bytes is not None:  # which pays neither for scoring nor for forks
         room = min(room, work.room.budget_bytes)
-    return room - hot - pages * costs.digest_page_bytes
+    return room - hot - pages * cost.digest_page_bytes
 
 
 def _warm(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
     pages = _pages(work.tokens, split)
-    spare = _left(work, split, pages) - pages * cost.page_bytes
+    spare = _left(work, split, cost, pages) - pages * cost.page_bytes
     if spare < 0:
         return None
     growth = _pages(work.longest_tokens, split) - pages
-    pages += max(min(growth, spare // (cost.page_bytes + work.costs.digest_page_bytes)), 0)
+    pages += max(min(growth, spare // (cost.page_bytes + cost.digest_page_bytes)), 0)
     return _plan(work, split, cost, "warm", pages, warm_pages=pages)
 
 
@@ -172,7 +182,7 @@ def _on_disk(work: _Work, split: Split, cost: ArchiveCost) -> Plan | None:
     """As much in RAM as there is room for, the rest on disk."""
 
     def spare(pages: int) -> int:
-        return _left(work, split, pages) - _recall_bytes(cost, work.costs, split)
+        return _left(work, split, cost, pages) - _recall_bytes(cost, work.costs, split)
 
     pages = _pages(work.tokens, split)
     warm = min(spare(pages) // cost.page_bytes, pages)
@@ -191,7 +201,7 @@ def _plan(
     costs, held = _scored(work.costs, split), split.capacity_tokens
     windows = costs.window_bytes(split.chunk)  # whatever the text's length: with an archive it may always go on
     warm, cold = warm_pages * cost.page_bytes, (pages - warm_pages) * cost.page_bytes
-    digests = pages * costs.digest_page_bytes
+    digests = pages * cost.digest_page_bytes
     recall = _recall_bytes(cost, costs, split) if cold else 0
     rows = [
         *costs.rows(split.chunk, held, windows),
@@ -203,7 +213,7 @@ def _plan(
     return Plan(
         limit_bytes=work.room.limit_bytes, chunk=split.chunk, hot_tokens=split.hot_tokens,
         capacity_tokens=split.capacity_tokens, kv_limit_bytes=costs.kv_bytes(held) + windows, rows=tuple(rows),
-        placement=placement, codec=cost.codec, sinks=split.sinks, window=split.window,
+        placement=placement, codec=cost.codec, retriever=cost.retriever, sinks=split.sinks, window=split.window,
         recall_tokens=split.recall_tokens,
         archive_tokens=pages * ARCHIVE_PAGE_TOKENS, warm_bytes=warm,
         cold_bytes=cold, digest_bytes=digests, recall_bytes=recall, fork_bytes=split.fork_bytes(costs),

@@ -31,15 +31,26 @@ Placement = Literal["full", "warm", "mixed", "cold", "pruned", "compiled"]
 
 @dataclass(frozen=True)
 class ArchiveCost:
-    """One codec: what a token takes in its form, in bytes of all layers and KV heads together."""
+    """A codec and a retriever: what a token takes in their forms, in bytes of all layers and KV heads together.
+
+    Digests are in RAM wherever the token's payload lies. ``step_tokens`` leave the window together.
+    """
 
     codec: str
     bytes_per_token: float
+    retriever: str = ""
+    digest_bytes_per_token: float = 0.0
+    step_tokens: int = ARCHIVE_STEP
 
     @property
     def page_bytes(self) -> int:
         """`ARCHIVE_PAGE_TOKENS` tokens of every layer and KV head."""
         return math.ceil(self.bytes_per_token * ARCHIVE_PAGE_TOKENS)
+
+    @property
+    def digest_page_bytes(self) -> int:
+        """Digests of as many."""
+        return math.ceil(self.digest_bytes_per_token * ARCHIVE_PAGE_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class WindowCost:
 class Costs:
     """What work costs in bytes. KV bytes are of all layers and heads together that see everything.
 
-    ``archive``: the codecs to choose among, the best quality first. ``windows``: the other layers.
+    ``archive``: what to choose among, the best quality first. ``windows``: the other layers.
     """
 
     process_bytes: int  # resident now: interpreter, libraries, tokenizer, document
@@ -82,7 +93,6 @@ class Costs:
     kv_bytes_per_page: int  # one page of every layer that sees everything, and KV head
     observed_bytes: int  # queries kept for the scorer
     scoring_bytes_per_token: int = 0  # a scorer's working memory for each token that is held, one layer at a time
-    digest_bytes_per_token: float = 0.0  # of what is archived, in RAM wherever its payload lies
     archive: tuple[ArchiveCost, ...] = ()
     heads: int = 1  # KV heads of all layers together that see everything
     threads: int = 1
@@ -106,11 +116,6 @@ class Costs:
     def window_fork_bytes(self) -> int:
         """Pages of these layers that a fork comes to have of its own, while what it was forked from holds its own."""
         return sum((self.pages(each.held_tokens) + 1) * each.page_bytes for each in self.windows)
-
-    @property
-    def digest_page_bytes(self) -> int:
-        """Digests of `ARCHIVE_PAGE_TOKENS` tokens of every layer and KV head."""
-        return math.ceil(self.digest_bytes_per_token * ARCHIVE_PAGE_TOKENS)
 
     def rows(self, chunk: int, held_tokens: int, window_bytes: int = 0) -> list[tuple[str, int]]:
         """What takes memory when ``held_tokens`` per KV head are hot and ``chunk`` are read at a time."""
@@ -136,7 +141,6 @@ class Wishes:
     window: int | None = None
     recall_tokens: int | None = None
     budget_bytes: int | None = None
-    step_tokens: int = ARCHIVE_STEP  # of the retriever: tokens that leave the window together
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ class Plan:
     rows: tuple[tuple[str, int], ...]
     placement: Placement = "full"
     codec: str | None = None
+    retriever: str | None = None
     sinks: int | None = None  # None: as the settings say
     window: int | None = None
     recall_tokens: int = 0

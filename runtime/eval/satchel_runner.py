@@ -92,7 +92,7 @@ class SatchelRunner:
         if plan.hot_tokens is not None:
             found |= {"sinks": settings.sinks, "window": settings.window}
         if plan.codec is not None:
-            found |= {"codec": plan.codec, "retriever": settings.retriever, "recall_tokens": plan.recall_tokens}
+            found |= {"codec": plan.codec, "retriever": plan.retriever, "recall_tokens": plan.recall_tokens}
         return found
 
     def _watched(self, progress: Progress) -> Progress:

@@ -170,8 +170,8 @@ def test_extreme_limits(limit: int) -> None:
 
 KV_HEADS = 48  # layers times KV heads
 ARCHIVE_COSTS = replace(
-    COSTS, heads=KV_HEADS, digest_bytes_per_token=KV_HEADS * 68 / 16,
-    archive=tuple(ArchiveCost(name, KV_HEADS * size) for name, size in
+    COSTS, heads=KV_HEADS,
+    archive=tuple(ArchiveCost(name, KV_HEADS * size, "landmark", KV_HEADS * 68 / 16) for name, size in
                   (("q8", 132), ("q4", 68), ("kvquant3", 60), ("q2", 36))),
 )  # fmt: skip
 GB = 1000**3
@@ -215,6 +215,33 @@ def test_placements(
     assert (found.placement, found.codec) == (placement, codec)
     assert found.cold_bytes <= disk_bytes
     assert bool(found.cold_bytes) == (placement in ("mixed", "cold"))
+
+
+DIGESTS = replace(ARCHIVE_COSTS, archive=tuple(
+    ArchiveCost("q8", KV_HEADS * 132, name, KV_HEADS * size) for name, size in (("channels", 14), ("landmark", 4.25))
+))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budget", "retriever", "window", "chunk"),
+    [
+        (7_900_000, "channels", 169, 64), (6_000_000, "landmark", 226, 64), (4_700_000, "landmark", 112, 64),
+        (3_900_000, "landmark", 80, 32), (3_400_000, None, 0, 0),
+    ],
+)  # fmt: skip
+def test_smaller_digests_and_then_a_smaller_window(budget: int, retriever: str | None, window: int, chunk: int) -> None:
+    found = archived(8 * GB, 5_120, costs=DIGESTS, budget_bytes=budget)
+    if retriever is None:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.retriever, found.window, found.chunk, found.codec) == (retriever, window, chunk, "q8")
+    assert found.kv_ram_bytes <= budget
+
+
+def test_the_last_resort_is_for_those_who_leave_it_open() -> None:
+    for wishes in ({"window": 112}, {"chunk": 64}, {"hot_tokens": 128}):
+        assert archived(8 * GB, 5_120, costs=DIGESTS, budget_bytes=3_900_000, **wishes) is None
 
 
 @pytest.mark.parametrize("settings", ARCHIVE_SETTINGS, ids=str)
@@ -439,8 +466,10 @@ WINDOW_ROW = "KV cache of layers or heads with a window"
 
 def with_archive(costs: Costs) -> Costs:
     heads = costs.kv_bytes_per_page / PAGE
-    archives = tuple(ArchiveCost(name, heads * size) for name, size in (("q8", 132), ("q2", 36)))
-    return replace(costs, digest_bytes_per_token=heads * 68 / 16, archive=archives, scoring_bytes_per_token=500)
+    archives = tuple(
+        ArchiveCost(name, heads * size, "landmark", heads * 68 / 16) for name, size in (("q8", 132), ("q2", 36))
+    )
+    return replace(costs, archive=archives, scoring_bytes_per_token=500)
 
 
 @pytest.mark.parametrize("settings", [*SETTINGS, {"archive": True}, {"archive": True, "disk_bytes": GB}], ids=str)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from satchel.cache import CacheSettings
 from satchel.devices.planner import Plan, make_plan
 from satchel.errors import MemoryLimitError
 from satchel.export.spec import ModelSpec, RopeSpec
@@ -46,7 +45,7 @@ def plan_now(document: Mapping[str, Any], budget_bytes: int) -> dict[str, Any]:
     plan = plan_of(spec, document["context"], {"budget_bytes": budget_bytes}, document["package"]["weight_bytes"])
     if plan is None or plan.codec is None:
         return {}
-    return {"codec": plan.codec, "retriever": CacheSettings().retriever, "recall_tokens": plan.recall_tokens}
+    return {"codec": plan.codec, "retriever": plan.retriever, "recall_tokens": plan.recall_tokens}
 
 
 def plan_of(spec: ModelSpec, context: int, kv: Mapping[str, object], weight_bytes: int = 0) -> Plan | None:

@@ -19,7 +19,7 @@ from ....cache.scorers import find_scorer, scorer_names
 from ....cache.scorers.recency import Recency
 from ....cache.settings import CacheSettings
 from ....errors import OptionError
-from ...memory import CODECS_OF_CHOICE
+from ...memory import CODECS_OF_CHOICE, RETRIEVERS_OF_CHOICE
 from ...model import ANSWER_ROOM
 from ..sides import FULL, KV_TYPES, PEER, Side
 
@@ -129,8 +129,8 @@ def _head_profiles() -> Iterable[Method]:
 
 
 def _retrievers() -> Iterable[Method]:
-    """But the usual one: that is `_auto`."""
-    yield from (Method(AUTO, {"retriever": name}) for name in retriever_names() if name != USUAL.retriever)
+    """But the planner's first choice: where there is room for it, it is `_auto`."""
+    yield from (Method(AUTO, {"retriever": name}) for name in retriever_names() if name != RETRIEVERS_OF_CHOICE[0])
 
 
 def _codecs() -> Iterable[Method]:
