@@ -92,6 +92,8 @@ class Method:
         elif "scorer" in self.kv:
             hot = max(int(budget.tokens * SCORED_SHARE), sum(budget.pinned.values()) + 1)
             kv |= {"budget_bytes": budget.kv_bytes, "hot_tokens": hot, **budget.pinned}
+        elif "heads" in self.kv:  # of the budget, streaming heads take sinks and window whatever the plan is
+            kv |= {"budget_bytes": budget.kv_bytes, **budget.pinned}
         else:
             kv |= {"budget_bytes": budget.kv_bytes}
         return Side(f"{self.name} {budget.share}", self.policy, kv, memory)

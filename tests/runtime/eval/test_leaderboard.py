@@ -180,6 +180,13 @@ def test_recall_leaves_room_for_scored_pairs(share: Fraction, fits: bool) -> Non
         assert (plan.hot_tokens or 0) > 2 * ((plan.sinks or 0) + (plan.window or 0))
 
 
+def test_streaming_heads_are_as_tight_as_the_others() -> None:
+    """With the usual window they would take more than an eighth by themselves."""
+    budget = Budget.of(EIGHTH, 4096, 12_288)
+    side = Method(AUTO, {"heads": "hybrid"}).side(budget)
+    assert side.kv == {"heads": "hybrid", "budget_bytes": budget.kv_bytes, "sinks": 16, "window": 64}
+
+
 def test_references_come_along() -> None:
     assert [method.name for method in find_methods(["snapkv"])] == ["full", "snapkv"]
     assert [method.name for method in find_methods(["llama.cpp:q4_0"])] == ["full", "llama.cpp:f16", "llama.cpp:q4_0"]
