@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +10,38 @@ from ....errors import StorageError
 from .board import KL
 from .document import Row, budgets_of, ranked
 
-NAMED = 3  # methods of each budget that are written beside their points, and these
-ALWAYS_NAMED = ("auto", "recency", "full")
-SMALL = 7  # points, of such names
+NAMED = 4  # methods that recall, and so many that forget, of each budget have a colour and are named, and these
+ALWAYS_NAMED = ("auto", "recency", "snapkv", "full")
+COLORS = "tab20"  # of matplotlib
+OTHERS = "0.8"  # grey
+SMALL = 7  # points
+MARKERS = "circle: recalls, cross: forgets"
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG or SVG, by its suffix. Raises StorageError when the file cannot be written."""
-    from matplotlib.figure import Figure  # of an extra; without pyplot, which would look for a display
+    """Writes a PNG or SVG, by its suffix: a line for each method, a point on it for each budget. Raises StorageError
+    when the file cannot be written."""
+    import matplotlib  # of an extra; without pyplot, which would look for a display
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
-    drawn: list[Row] = []
-    for index, budget in enumerate([*budgets_of(document), None]):
-        color = "black" if budget is None else f"C{index}"
-        rows = ranked(document, budget)
-        drawn += rows
-        for recalls, marker in ((True, "o"), (False, "x")):
-            points = [row for row in rows if (row["settings"].get("policy") == "auto") == recalls]
-            label = ("whole cache" if budget is None else f"{budget}, {'recall' if recalls else 'forgets'}")
-            _scatter(left, points, [row["score"] for row in points], marker, color, label)
-            _scatter(right, points, [_divergence(row) for row in points], marker, color, label)
-        for place, row in enumerate(rows):
-            if place < NAMED or row["method"] in ALWAYS_NAMED:
-                _name(left, row, row["score"])
-                _name(right, row, _divergence(row))
+    budgets = [*budgets_of(document), None]
+    named = _named(document, budgets)
+    colors = matplotlib.colormaps[COLORS].colors  # type: ignore[attr-defined]
+    methods = dict.fromkeys(row["method"] for budget in budgets for row in ranked(document, budget))
+    for method in sorted(methods, key=lambda name: named.get(name, -1)):  # the grey ones below
+        rows = [row for budget in budgets for row in ranked(document, budget) if row["method"] == method]
+        place, whole = named.get(method), rows[0]["budget"] is None
+        look = {
+            "marker": "s" if whole else "o" if _recalls(rows[0]) else "x", "markersize": 5,
+            "linestyle": "-" if _recalls(rows[0]) else ":",
+            "color": OTHERS if place is None else colors[place % len(colors)],
+            "label": None if place is None else method,
+        }  # fmt: skip
+        _line(left, rows, [row["score"] for row in rows], look)
+        _line(right, rows, [_divergence(row) for row in rows], {**look, "label": None})
     for axes, title in ((left, "score, of the full cache's"), (right, "mean KL to the full cache (nats)")):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -43,13 +49,12 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("KV cache in memory (MB)")
         axes.set_ylabel(title)
-        axes.margins(x=0.2)
         axes.grid(visible=True, alpha=0.3)
-    left.set_ylim(-0.05, 1.15)
+    left.set_ylim(-0.05, 1.1)
     right.set_yscale("symlog", linthresh=1e-3)
-    right.set_ylim(0, 3 * max([0.01, *(value for row in drawn if (value := _divergence(row)) is not None)]))
-    if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=SMALL)
+    right.set_ylim(bottom=0)
+    if named:
+        figure.legend(loc="outside right upper", fontsize=SMALL, title=MARKERS, title_fontsize=SMALL)
     figure.suptitle(f"{Path(document['model']).name}, {document['context']:,} tokens, {document['date']}", fontsize=10)
     try:
         figure.savefig(path)
@@ -57,16 +62,25 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         raise StorageError(f"{path} cannot be written ({error.strerror}); name another file by --plot") from None
 
 
-def _scatter(axes: Any, rows: list[Row], values: list[float | None], marker: str, color: str, label: str) -> None:
+def _named(document: Mapping[str, Any], budgets: Sequence[str | None]) -> dict[str, int]:
+    """The methods with a name in the picture, and the place of each in the legend."""
+    found = dict[str, None]()
+    for budget in budgets:
+        rows = ranked(document, budget)
+        best = [row for kind in (True, False) for row in [row for row in rows if _recalls(row) == kind][:NAMED]]
+        found |= dict.fromkeys(row["method"] for row in best)
+        found |= dict.fromkeys(row["method"] for row in rows if row["method"] in ALWAYS_NAMED)
+    return {method: place for place, method in enumerate(found)}
+
+
+def _recalls(row: Row) -> bool:
+    return row["settings"].get("policy") == "auto"
+
+
+def _line(axes: Any, rows: Sequence[Row], values: Sequence[float | None], look: Mapping[str, Any]) -> None:
     known = [(row["kv_bytes"] / 1e6, value) for row, value in zip(rows, values, strict=True) if value is not None]
     if known:
-        axes.plot(*zip(*known, strict=True), marker, color=color, label=label, alpha=0.7)
-
-
-def _name(axes: Any, row: Row, value: float | None) -> None:
-    if value is not None:
-        place = (row["kv_bytes"] / 1e6, value)
-        axes.annotate(row["method"], place, xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
+        axes.plot(*zip(*known, strict=True), **look)
 
 
 def _divergence(row: Row) -> float | None:
