@@ -110,10 +110,15 @@ def _scorers() -> Iterable[Method]:
 
 def _head_budgets() -> Iterable[Method]:
     """With the usual scorer, and with those whose scores were made to be compared between heads."""
-    scorers = [USUAL.scorer, *(name for name in scorer_names() if find_scorer(name).needs_retention)]
+    scorers = [USUAL.scorer, *filter(_compares_heads, scorer_names())]
     for name in HEAD_BUDGETS:
         if name != UNIFORM:
             yield from (Method(scorer, {"head_budgets": name}) for scorer in scorers)
+
+
+def _compares_heads(scorer: str) -> bool:
+    found = find_scorer(scorer)
+    return found.needs_retention or found.ranks_after_reading
 
 
 def _mergers() -> Iterable[Method]:
