@@ -84,6 +84,8 @@ def describe_package(folder: Path) -> dict[str, Any]:
 def _package_lines(rows: list[dict[str, object]]) -> Iterator[str]:
     for row in rows:
         packages: Any = row["packages"]
+        if row["downloaded"] and not packages:
+            yield f"\n{row['name']} has no package yet; it is exported on first use"
         for package in packages:
             yield f"\n{row['name']} in {package['folder']}"
             if package["problem"] is not None:

@@ -146,3 +146,7 @@ def test_models_verbose_says_what_a_package_has(
     assert "not calibrated" in satchel("models", "--verbose").stdout
     monkeypatch.setattr("satchel.cli.models.exported_packages", lambda *_: [tmp_path])
     assert "is not a model package" in satchel("models", "--verbose").stdout
+    monkeypatch.setattr("satchel.cli.models.exported_packages", lambda *_: [])
+    assert "package yet" not in satchel("models", "--verbose").stdout
+    monkeypatch.setattr("satchel.cli.models.is_verified", lambda *_: True)
+    assert " has no package yet; it is exported on first use" in satchel("models", "--verbose").stdout
