@@ -111,9 +111,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any, patient: Pat
         screen.wait_for("How often?\n")
         time.sleep(0.5)
         screen.send("\x03")
-        begun = time.monotonic()
         screen.wait_for("(stopped)")
-        assert time.monotonic() - begun < 10
         screen.wait_for("> ")
     screen.send("/kv\n")
     assert "hot for each head" in screen.wait_for("> ")
@@ -130,8 +128,6 @@ def test_ctrl_c_while_reading_ends_the_program(terminal: Any, patient: Path, tmp
     screen = terminal("chat", "-m", patient, long, "--kv", "chunk=1")
     screen.wait_for("reading")
     screen.send("\x03")
-    begun = time.monotonic()
     code, text = screen.leave()
-    assert time.monotonic() - begun < 10, (code, text)
     assert code == 130
     assert text.rstrip().endswith("satchel: stopped")
