@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..devices.reporting import Notice
 from ..errors import OptionError, StorageError
 from ..runtime.eval import check_plot
 from ..runtime.eval.leaderboard import (
@@ -22,10 +23,12 @@ from ..runtime.eval.leaderboard import (
     RULER_TASKS,
     Board,
     BoardOrder,
+    adopt,
     describe,
     draw,
     parse_budgets,
     prepare_board,
+    read_earlier,
     to_markdown,
 )
 from ..runtime.options import Options
@@ -95,12 +98,26 @@ def show_leaderboard(ctx: click.Context, model: str, order: Mapping[str, Any], g
         board = prepare_board(model, asked, progress=progress, notice=progress.notice, **settings)
     if given["fresh"]:
         board.forget()
+    _adopt(board, table, progress.notice, again=given["fresh"])
     pages = _Pages(board, table, picture, _command_line(ctx))
     _measure(board, pages)
     if given["as_json"]:
         click.echo(json.dumps(pages.document, indent=2))
     else:
         click.echo(table.read_text(encoding="utf-8"))
+
+
+def _adopt(board: Board, table: Path, notice: Notice, *, again: bool) -> None:
+    """Rows of the table that is there already stay in it."""
+    file = table.with_suffix(".json")
+    earlier = read_earlier(file)
+    if earlier is None:
+        return
+    why = adopt(board, earlier, again=again)
+    if why:
+        notice(f"{file} is of {why} and will be replaced")
+    elif board.kept:
+        notice(f"{len(board.kept)} rows of {file} stay as they are (--fresh measures those that you name again)")
 
 
 class _Pages:

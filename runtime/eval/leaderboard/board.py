@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from ....devices.reporting import Notice, Progress, log_notice, no_progress
 from ....errors import MemoryLimitError, ModelError, OptionError
@@ -78,6 +79,11 @@ class Entry:
     side: Side
     lacks: str = ""
 
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Method and budget, as a table's rows have them."""
+        return self.method.name, str(self.budget.share) if self.budget else None
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -93,7 +99,11 @@ class Visit:
 
 @dataclass
 class Board:
-    """All that is needed to measure. `run` it once; `cancel` may be called from another thread."""
+    """All that is needed to measure. `run` it once; `cancel` may be called from another thread.
+
+    ``kept``: rows of an earlier table, by method and budget, which are not measured again; ``kept_budgets``: those of
+    the table.
+    """
 
     order: BoardOrder
     ground: Ground
@@ -101,6 +111,8 @@ class Board:
     evaluations: Mapping[str, Evaluation]  # by suite
     open_side: Open
     refusals: dict[tuple[str, str], str] = field(default_factory=dict)  # by label of the side and suite
+    kept: Mapping[tuple[str, str | None], Mapping[str, Any]] = field(default_factory=dict)
+    kept_budgets: Sequence[Mapping[str, Any]] = ()
     _runner: Runner | None = field(default=None, init=False)
     _cancelled: bool = field(default=False, init=False)
 
@@ -150,9 +162,12 @@ class Board:
 
     def _visits(self) -> Iterator[Visit]:
         """In rounds: the n-th sample of each task for everybody, then the next."""
+        wanted = [entry for entry in self.entries if not entry.lacks and entry.key not in self.kept]
+        compared = {entry.side.reference for entry in wanted}
         missing = {
             (name, entry.side.label): {(item.task, item.label) for item in evaluation.missing(entry.side)}
-            for name, evaluation in self.evaluations.items() for entry in self.entries if not entry.lacks
+            for name, evaluation in self.evaluations.items() for entry in self.entries
+            if entry in wanted or entry.side.label in compared
         }  # fmt: skip
         rounds = {name: _rounds(evaluation.items) for name, evaluation in self.evaluations.items()}
         for number in range(max(map(len, rounds.values()))):

@@ -20,25 +20,41 @@ FORMAT = 1
 Row = Mapping[str, Any]
 
 
-def describe(board: Board, *, command: str = "", date: datetime.date | None = None) -> dict[str, Any]:
-    """The whole object, of what is measured so far."""
+def header(board: Board) -> dict[str, Any]:
+    """What is compared, and on what."""
     order, ground = board.order, board.ground
     spec = ground.package.spec
-    full = next(entry for entry in board.entries if entry.side.label == FULL)
     return {
         "format": FORMAT, "model": ground.model, "context": order.context, "samples": order.samples,
         "seed": order.seed, "text": [str(path) for path in order.text] or None,
-        "machine": f"{cpu_name()}, {format_size(memory_total())} of memory, {_threads(ground.threads)}",
-        "date": str(date or datetime.datetime.now(datetime.timezone.utc).date()), "command": command,
         "suites": {name: sorted({item.task for item in found.items}) for name, found in board.evaluations.items()},
         "package": {"spec": spec.to_json(), "weight_bytes": ground.package.weight_bytes},
         "kv_bytes_per_token": spec.kv_bytes_per_token,
-        "budgets": [
-            {"share": str(budget.share), "tokens": budget.tokens, "kv_bytes": budget.kv_bytes}
-            for budget in {entry.budget: None for entry in board.entries if entry.budget}
-        ],
-        "rows": [_row(board, entry, full) for entry in board.entries if not entry.lacks],
-        "left_out": {entry.method.name: entry.lacks for entry in board.entries if entry.lacks},
+    }  # fmt: skip
+
+
+def describe(board: Board, *, command: str = "", date: datetime.date | None = None) -> dict[str, Any]:
+    """The whole object, of what is measured so far and of what the board has kept."""
+    full = next(entry for entry in board.entries if entry.side.label == FULL)
+    stamp = {
+        "date": str(date or datetime.datetime.now(datetime.timezone.utc).date()),
+        "machine": f"{cpu_name()}, {format_size(memory_total())} of memory, {_threads(board.ground.threads)}",
+    }  # fmt: skip
+    budgets = [
+        {"share": str(budget.share), "tokens": budget.tokens, "kv_bytes": budget.kv_bytes}
+        for budget in {entry.budget: None for entry in board.entries if entry.budget}
+    ]
+    rows: dict[tuple[str, str | None], Row] = {
+        entry.key: stamp | _row(board, entry, full) for entry in board.entries if not entry.lacks
+    }
+    rows |= {key: row for key, row in board.kept.items() if key not in rows or not is_measured(rows[key])}
+    return {
+        **header(board), **stamp, "command": command,
+        "budgets": [*budgets, *(budget for budget in board.kept_budgets if budget not in budgets)],
+        "rows": list(rows.values()),
+        "left_out": {
+            entry.method.name: entry.lacks for entry in board.entries if entry.lacks and entry.key not in board.kept
+        },
     }  # fmt: skip
 
 
@@ -77,7 +93,7 @@ def _row(board: Board, entry: Entry, full: Entry) -> dict[str, Any]:
     relative = [cells[name].get("relative") for name in talked]
     known = [value for value in relative if value is not None]
     row: dict[str, Any] = {
-        "method": entry.method.name, "budget": str(entry.budget.share) if entry.budget else None,
+        "method": entry.key[0], "budget": entry.key[1],
         "settings": dict(entry.side.identity), "suites": cells,
         "score": sum(known) / len(known) if known and all("summary" in cells[name] for name in talked) else None,
     }  # fmt: skip

@@ -53,7 +53,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     left.set_ylim(-0.05, 1.1)
     right.set_yscale("symlog", linthresh=1e-3)
     right.set_ylim(bottom=0)
-    if named:
+    if left.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", fontsize=SMALL, title=MARKERS, title_fontsize=SMALL)
     figure.suptitle(f"{Path(document['model']).name}, {document['context']:,} tokens, {document['date']}", fontsize=10)
     try:
@@ -74,7 +74,7 @@ def _named(document: Mapping[str, Any], budgets: Sequence[str | None]) -> dict[s
 
 
 def _recalls(row: Row) -> bool:
-    return row["settings"].get("policy") == "auto"
+    return bool(row["settings"].get("policy") == "auto")
 
 
 def _line(axes: Any, rows: Sequence[Row], values: Sequence[float | None], look: Mapping[str, Any]) -> None:

@@ -53,9 +53,15 @@ def _facts(document: Mapping[str, Any]) -> str:
         "model": document["model"], "context": f"{document['context']:,} tokens",
         "suites": f"{suites}, and KL to the full cache", "samples": f"{document['samples']} of each task",
         "seed": document["seed"], "text": ", ".join(document["text"] or ["made-up prose"]),
-        "machine": document["machine"], "date": document["date"], "command": f"`{document['command']}`",
+        "machine": "; ".join(_stamps(document, "machine")), "date": ", ".join(_stamps(document, "date")),
+        "command": f"`{document['command']}`",
     }  # fmt: skip
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())])
+
+
+def _stamps(document: Mapping[str, Any], name: str) -> list[str]:
+    """Of the rows, each once: not all need be of the run that wrote the table."""
+    return sorted({row.get(name, document[name]) for row in document["rows"]})
 
 
 def _table(document: Mapping[str, Any], budget: str | None) -> str:

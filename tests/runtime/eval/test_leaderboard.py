@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from satchel.runtime.engines import Cancelled
 from satchel.runtime.eval.leaderboard import (
     Board,
     BoardOrder,
+    adopt,
     all_methods,
     describe,
     draw,
@@ -31,6 +33,7 @@ from satchel.runtime.eval.leaderboard import (
     parse_budgets,
     prepare_board,
     ranked,
+    read_earlier,
     to_markdown,
     winners,
 )
@@ -249,6 +252,61 @@ def test_measuring_anew_leaves_the_reference(lay: Callable[..., Board]) -> None:
     opened = opens(board)
     board.run()
     assert opened == ["recency 1/4"]
+
+
+def test_rows_of_an_earlier_table_stay(lay: Callable[..., Board], tmp_path: Path) -> None:
+    opens(board := lay(["recency", "knorm"], [QUARTER]))
+    board.run()
+    earlier = json.loads(json.dumps(describe(board, date=datetime.date(2020, 2, 3))))
+    for file in tmp_path.glob("eval/*"):
+        file.unlink()
+    opened = opens(board := lay(["recency", "keydiff"], [EIGHTH, QUARTER]))
+    assert adopt(board, earlier) == ""
+    board.run()
+    assert opened == ["full", "recency 1/8", "keydiff 1/8", "keydiff 1/4"]
+    document = describe(board)
+    assert {(row["method"], row["budget"]) for row in document["rows"]} == {
+        ("full", None), ("recency", "1/8"), ("keydiff", "1/8"),
+        ("recency", "1/4"), ("keydiff", "1/4"), ("knorm", "1/4"),
+    }  # fmt: skip
+    assert [budget["share"] for budget in document["budgets"]] == ["1/8", "1/4"]
+    dates = {row["method"]: row["date"] for row in document["rows"] if row["budget"] == "1/4"}
+    assert dates["recency"] == dates["knorm"] == "2020-02-03" < dates["keydiff"]
+    assert f"| 2020-02-03, {dates['keydiff']} |" in to_markdown(document)
+    opened = opens(board := lay(["recency", "keydiff"], [EIGHTH, QUARTER]))
+    adopt(board, json.loads(json.dumps(document)))
+    board.run()
+    assert opened == []
+    assert describe(board) == document
+
+
+def test_rows_that_are_asked_for_again_do_not_stay(lay: Callable[..., Board], tmp_path: Path) -> None:
+    opens(board := lay(["recency", "knorm"], [QUARTER]))
+    board.run()
+    earlier = describe(board)
+    for file in tmp_path.glob("eval/*"):
+        file.unlink()
+    opened = opens(board := lay(["recency"], [QUARTER]))
+    assert adopt(board, json.loads(json.dumps(earlier)), again=True) == ""
+    board.run()
+    assert opened == ["full", "recency 1/4"]
+    assert set(board.kept) == {("knorm", "1/4")}
+
+
+@pytest.mark.parametrize(("key", "value"), [("context", 9), ("text", ["b.txt"]), ("package", {}), ("samples", 7)])
+def test_rows_of_another_comparison_do_not_stay(lay: Callable[..., Board], key: str, value: Any) -> None:
+    opens(board := lay(["recency"], [QUARTER]))
+    board.run()
+    earlier = {**json.loads(json.dumps(describe(board))), key: value}
+    assert adopt(again := lay(["recency"], [QUARTER]), earlier) == f"another {key}"
+    assert not again.kept
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_an_earlier_table_that_is_damaged_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    assert read_earlier(tmp_path / "a.json") is None
+    assert read_earlier(tmp_path / "b.json") is None
 
 
 def test_cancel_between_two_methods(lay: Callable[..., Board]) -> None:
