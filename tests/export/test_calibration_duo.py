@@ -179,7 +179,7 @@ def test_a_run_writes_scores_and_figures(architecture: str, tmp_path: Path) -> N
     assert (scores[windowed] == 1).all()
     assert ((scores[~windowed] >= 0) & (scores[~windowed] < 1)).all()
     assert stages == [("calibrating", 40 * step, 240) for step in range(7)]
-    assert (record["tokens"], record["held_out_tokens"], record["window_tokens"], record["seed"]) == (280, 40, 40, 0)
+    assert (record["tokens"], record["held_out_tokens"], record["window_tokens"], record["seed"]) == (240, 40, 40, 0)
     assert (record["steps"], len(record["distance_of_step"]), record["distance_of_step"][0]) == (6, 6, 0)
     assert 0 < record["distance_of_50"] < record["distance_of_100"]
     assert read_records(package.folder) == {"duo": record}
