@@ -11,7 +11,7 @@ from ..devices.reporting import Notice, Progress, log_notice
 from ..errors import DocumentError, OptionError
 from ..export.calibration.decoder import require_torch
 from ..export.calibration.methods import METHODS
-from ..export.calibration.text import Order, Text
+from ..export.calibration.text import Order, Passkeys, Text
 from ..export.package import Package
 from ..export.resolve import resolve_model
 from .chat_template import ChatTemplate
@@ -20,6 +20,13 @@ from .tokenizer import Tokenizer
 
 DEFAULT_METHOD = "kvzap"
 REQUEST = "Repeat the previous context exactly."
+QUESTION = "What are the passkeys of the vaults?"
+VAULTS = ("red", "green", "blue", "black", "white", "yellow", "brown", "grey", "orange", "silver", "golden", "purple")
+WORDS = (
+    "alfa", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliett", "kilo", "lima", "mike",
+    "november", "oscar", "papa", "quebec", "romeo", "sierra", "tango", "uniform", "victor", "whiskey", "xray", "yankee",
+    "zulu", *"0123456789",
+)  # fmt: skip
 
 
 def calibrate(
@@ -62,7 +69,7 @@ def calibrate(
 
 
 def text_of(package: Package, text: str) -> Text:
-    """``text`` in the package's tokens, and what its chat template has before a document and asks after it."""
+    """``text`` and passkeys in the package's tokens, and what its chat template has before a document and after it."""
     tokenizer = Tokenizer.open(package.folder, package.manifest.tokenizer)
     settings = package.manifest.tokenizer
 
@@ -73,5 +80,17 @@ def text_of(package: Package, text: str) -> Text:
         settings.chat_template, bos_token=spelling(settings.bos_id), eos_token=spelling(settings.eos_id)
     )
     before = tokenizer.encode_segments(template.prefix(None, None))
-    request = tokenizer.encode_segments(template.rest(REQUEST), start=False)
-    return Text(tuple(tokenizer.encode(text)), tuple(before), tuple(request))
+
+    def asked(question: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode_segments(template.rest(question), start=False))
+
+    def inside(piece: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode_segments([(piece, False)], start=False))
+
+    passkeys = Passkeys(
+        cues=tuple(inside(f"\nThe passkey of the {vault} vault is:") for vault in VAULTS),
+        words=tuple(inside(f" {word}") for word in WORDS),
+        end=inside(".\n"),
+        question=asked(QUESTION),
+    )
+    return Text(tuple(tokenizer.encode(text)), tuple(before), asked(REQUEST), passkeys)

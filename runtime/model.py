@@ -454,8 +454,9 @@ def load(
             ``budget_bytes``, ``codec``, ``retriever``, ``recall_tokens``, ``recall_every``, ``reach``,
             ``lowrank`` (``cskv`` or ``think``: archived pairs are ``rank`` percent of their channels),
             ``head_budgets`` (``adaptive``: the heads of a layer share a scorer's budget), ``merge`` (``lookm``,
-            ``lococo``, ``chelsea``: what it forgets goes into what stays), ``heads`` (a head profile: ``razor`` or
-            ``hybrid``), ``streaming_heads`` (percent of the KV heads that such a profile leaves with sinks and window).
+            ``lococo``, ``chelsea``: what it forgets goes into what stays), ``heads`` (a head profile: ``razor``,
+            ``duo`` or ``hybrid``), ``streaming_heads`` (percent of the KV heads that the former two leave with sinks
+            and window).
         threads: None: all cores that this process may use.
         device: ``cpu``, ``cuda``, ``dml`` or ``coreml``: all but the first take the portable flavour of the model.
         disk: what demoted pages may take on disk, such as ``"4GB"``; 0: nothing; None: a tenth of what is free.

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from .base import HeadProfile, StreamingHeads, marks_of
+from .duo import Duo
 from .hybrid import Hybrid
 from .razor import Razor
 
 ALL = "all"
-_PROFILES: dict[str, type[HeadProfile]] = {profile.name: profile for profile in (Razor, Hybrid)}
+_PROFILES: dict[str, type[HeadProfile]] = {profile.name: profile for profile in (Razor, Duo, Hybrid)}
 
 
 def profile_names() -> tuple[str, ...]:

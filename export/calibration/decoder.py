@@ -75,6 +75,17 @@ class Observer(Protocol):
         (zero where a key is unseen). Not to be changed."""
 
 
+@dataclass(frozen=True)
+class Gates:
+    """A layer's attention between full and streaming: ``full`` [K] in 0 ... 1 is the share of full attention, the rest
+    is attention to the first ``sinks`` tokens and the last ``window``, the query's own included.
+    """
+
+    full: Tensor
+    sinks: int
+    window: int
+
+
 class _Nobody:
     def enter(self, activations: LayerActivations, /) -> None: ...
     def attended(self, head: int, first: int, weights: Tensor, /) -> None: ...
@@ -107,7 +118,7 @@ class Decoder:
         """float32 [vocab] after the last of ``ids``."""
         spec, torch = self.spec, self._torch
         with torch.inference_mode():
-            last = self._norm(self.run(ids)[-1:], "output_norm")
+            last = self.normed(self.run(ids)[-1:])
             role, cap = "embedding" if spec.tied_embeddings else "output", spec.logits_softcap
             found = self._linear(last, role, spec.logits_multiplier)[0]
             row: Floats = (torch.tanh(found / cap) * cap if cap else found).numpy()
@@ -119,21 +130,35 @@ class Decoder:
         ``whole`` False ends with the attention of the last layer: all that an observer sees, and the result is of
         no use then.
         """
-        spec, torch, watch = self.spec, self._torch, observer or _Nobody()
-        with torch.inference_mode():
-            residual = self._rows("embedding", np.asarray(ids, np.int64)) * spec.embedding_multiplier
-            for layer in range(spec.layers):
-                at = f"layers.{layer}."
-                attended = self._attention(self._before(residual, at + "attention"), layer, watch)
-                if layer == spec.layers - 1 and not whole:
-                    break
-                added = self._linear(attended, at + "attention_output", spec.residual_multiplier)
-                residual = residual + self._after(added, at + "attention")
-                normed = self._before(residual, at + "feed_forward")
-                inner = self._gated(self._linear(normed, at + "gate"), self._linear(normed, at + "up"))
-                added = self._linear(inner, at + "down", spec.residual_multiplier)
-                residual = residual + self._after(added, at + "feed_forward")
-            return residual
+        last, watch = self.spec.layers - 1, observer or _Nobody()
+        with self._torch.inference_mode():
+            residual = self.embedded(ids)
+            for layer in range(last):
+                residual = self.layer(residual, layer, watch)
+            if whole:
+                return self.layer(residual, last, watch)
+            return self._attention(self._before(residual, f"layers.{last}.attention"), last, watch, None)
+
+    def embedded(self, ids: Sequence[int]) -> Tensor:
+        """The residual stream before the first layer, float32 [T, hidden]."""
+        return self._rows("embedding", np.asarray(ids, np.int64)) * self.spec.embedding_multiplier
+
+    def layer(
+        self, residual: Tensor, layer: int, observer: Observer | None = None, gates: Gates | None = None
+    ) -> Tensor:
+        """The residual stream [T, hidden] after a layer. Gradients reach ``residual`` and ``gates``."""
+        spec, at = self.spec, f"layers.{layer}."
+        attended = self._attention(self._before(residual, at + "attention"), layer, observer or _Nobody(), gates)
+        added = self._linear(attended, at + "attention_output", spec.residual_multiplier)
+        residual = residual + self._after(added, at + "attention")
+        normed = self._before(residual, at + "feed_forward")
+        inner = self._gated(self._linear(normed, at + "gate"), self._linear(normed, at + "up"))
+        added = self._linear(inner, at + "down", spec.residual_multiplier)
+        return residual + self._after(added, at + "feed_forward")
+
+    def normed(self, residual: Tensor) -> Tensor:
+        """What the vocabulary's projection reads of the residual stream [T, hidden] after the last layer."""
+        return self._norm(residual, "output_norm")
 
     # --- Blocks, as `export/graph.py` has them --------------------------------------------------------------------
 
@@ -192,7 +217,7 @@ class Decoder:
         turned = (first * cosine - second * sine, second * cosine + first * sine, x[..., 2 * half :])
         return torch.cat(turned, dim=-1)
 
-    def _attention(self, x: Tensor, layer: int, watch: Observer) -> Tensor:
+    def _attention(self, x: Tensor, layer: int, watch: Observer, gates: Gates | None) -> Tensor:
         """[T, H x D], before the output projection."""
         spec, at = self.spec, f"layers.{layer}."
         queries = self._heads(x, layer, "query", spec.heads)
@@ -206,13 +231,13 @@ class Decoder:
             group = head // (spec.heads // spec.kv_heads)
             for first in range(0, len(x), ROW_BLOCK):
                 end = min(first + ROW_BLOCK, len(x))
-                weights = self._weights(turned[0][first:end, head], turned[1][:end, group], layer)
+                weights = self._weights(turned[0][first:end, head], turned[1][:end, group], layer, gates, group)
                 watch.attended(head, first, weights)
                 out[first:end, head] = weights @ values[:end, group]
         return out.view(len(x), -1)
 
-    def _weights(self, queries: Tensor, keys: Tensor, layer: int) -> Tensor:
-        """Softmax weights [R, S] of the last R of S tokens on all of them."""
+    def _weights(self, queries: Tensor, keys: Tensor, layer: int, gates: Gates | None, group: int) -> Tensor:
+        """Softmax weights [R, S] of the last R of S tokens on all of them, of KV head ``group``."""
         spec, torch = self.spec, self._torch
         logits = queries @ keys.T * spec.attention_scale
         if spec.attention_softcap:
@@ -222,7 +247,13 @@ class Decoder:
         unseen = ahead > 0
         if window := spec.attention_windows[layer]:
             unseen = unseen | (ahead <= -window)
-        return logits.masked_fill_(unseen, float("-inf")).softmax(dim=-1)
+        logits = logits.masked_fill_(unseen, float("-inf"))
+        whole = logits.softmax(dim=-1)
+        if gates is None:
+            return whole
+        between = (place >= gates.sinks) & (ahead <= -gates.window)
+        streaming = logits.masked_fill(between, float("-inf")).softmax(dim=-1)
+        return gates.full[group] * whole + (1 - gates.full[group]) * streaming
 
 
 def _vectors(package: Package) -> dict[str, Floats]:

@@ -9,6 +9,8 @@ from ...devices.reporting import Progress
 from ..package import Package
 from .cskv import METHOD as CSKV
 from .cskv import calibrate_cskv
+from .duo import METHOD as DUO
+from .duo import calibrate_duo
 from .kvzap import calibrate_kvzap
 from .locret import calibrate_locret
 from .razor import METHOD as RAZOR
@@ -50,5 +52,6 @@ METHODS = {
         "small networks that foretell the same from queries, keys and values", "--policy locret", calibrate_locret
     ),
     RAZOR: Method("which KV heads look far back, on random tokens", "--kv heads=razor", calibrate_razor),
+    DUO: Method("which KV heads answers need, by gates trained on planted passkeys", "--kv heads=duo", calibrate_duo),
     CSKV: Method("the few coefficients that tell most of a key or value", "--kv lowrank=cskv", calibrate_cskv),
 }

@@ -31,16 +31,29 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Passkeys:
+    """What passkeys in a text are made of, in token ids: a cue (of which, each text has one at most once), some words,
+    and the end of the sentence. ``question``: what a conversation has after a text when all of them are asked for.
+    """
+
+    cues: tuple[tuple[int, ...], ...] = ()
+    words: tuple[tuple[int, ...], ...] = ()
+    end: tuple[int, ...] = ()
+    question: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Text:
-    """Token ids: of the text; of what a conversation has before it; and of the request to repeat it."""
+    """Token ids: of the text; of what a conversation has before it; of the request to repeat it; and of passkeys."""
 
     ids: tuple[int, ...]
     before: tuple[int, ...] = ()
     request: tuple[int, ...] = ()
+    passkeys: Passkeys = Passkeys()
 
     @property
     def sha256(self) -> str:
-        """Of all ids, in hex digits."""
+        """Of all ids but the passkeys', in hex digits."""
         parts = [np.asarray(ids, "<i8").tobytes() for ids in (self.ids, self.before, self.request)]
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
 

@@ -61,12 +61,15 @@ def name_sides(
     """The evaluated side, then those that it is compared with.
 
     ``full`` in ``against`` has no other settings, so that all runs share its results; another policy has those of the
-    evaluated side.
+    evaluated side. Policy ``full`` with settings is ``full (as set)``: it is not what others are measured from.
 
     Raises:
         OptionError: a name is not known.
     """
-    sides = [Side(policy, policy, dict(kv), memory, engine=engine)]
+    plain, own = Side(FULL, FULL, engine=engine), Side(policy, policy, dict(kv), memory, engine=engine)
+    if policy == FULL and own.identity != plain.identity:
+        own = replace(own, label=f"{FULL} (as set)")
+    sides = [own]
     names = [name.strip() for entry in against for name in entry.split(",")]
     if NOBODY in names and len(names) > 1:
         raise OptionError(f"--against {NOBODY} excludes {', '.join(name for name in names if name != NOBODY)}")
@@ -79,14 +82,11 @@ def name_sides(
         if peer == PEER:
             side = Side(f"{PEER}:{kv_type or KV_TYPES[0]}", kv_type=kv_type or KV_TYPES[0])
         elif name == FULL:
-            side = Side(FULL, FULL, engine=engine)
+            side = plain
         else:
             side = Side(name, name, dict(kv), memory, engine=engine)
-        if side.identity in [other.identity for other in sides]:
-            continue
-        if side.label in [other.label for other in sides]:
-            side = replace(side, label=f"{side.label} (plain)")
-        sides.append(side)
+        if side.identity not in [other.identity for other in sides]:
+            sides.append(side)
     return tuple(sides)
 
 

@@ -48,14 +48,16 @@ def test_locret_in_a_table(calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.stdout.endswith("use it by --policy locret\n")
 
 
-def test_scores_of_heads(calibrate: Any) -> None:
-    found = calibrate("--method", "razor")
+@pytest.mark.parametrize("method", ["razor", "duo"])
+def test_scores_of_heads(method: str, calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("satchel.export.calibration.duo.STEPS", 2)
+    found = calibrate("--method", method)
     assert found.exit_code == 0, found.output
     lines = found.stdout.splitlines()
-    assert "razor on " in lines[0]
+    assert f"{method} on " in lines[0]
     assert lines[1] == "scores by layer, one for each KV head:"
     assert [len(line.split()) for line in lines[2:-2]] == [3] * (len(lines) - 4)  # the layer, and its two heads
-    assert lines[-1] == "use it by --kv heads=razor"
+    assert lines[-1] == f"use it by --kv heads={method}"
     assert found.stderr == ""
 
 

@@ -20,7 +20,7 @@ SAMPLES = Path(__file__).parents[2] / "docs" / "samples"
 @pytest.mark.real
 @pytest.mark.filterwarnings("default")  # torch warns about itself
 def test_the_shipped_head_scores_can_be_made_again(real_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """On another processor some last digits are others. That of kvzap takes a quarter of an hour: made by hand."""
+    """On another processor some last digits are others. Those of duo and kvzap take many minutes: made by hand."""
     pytest.importorskip("torch", reason="needs the extra 'calibrate'")
     found = calibrate(real_model(DEFAULT_MODEL), (SAMPLES,), method="razor", cache_dir=tmp_path)
     package = open_package(Path(found["package_folder"]))

@@ -201,10 +201,10 @@ def test_a_package_must_be_calibrated(name: str, tiny_gguf: Callable[..., Path],
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kv": {"heads": "lazy"}}, "heads='lazy' is not known; choose one of all, razor, hybrid"),
+        ({"kv": {"heads": "lazy"}}, "heads='lazy' is not known; choose one of all, razor, duo, hybrid"),
         ({"kv": {"heads": "razor", "streaming_heads": 101}}, "streaming_heads=101 is not a percentage of KV heads"),
         ({"kv": {"heads": "razor", "streaming_heads": "half"}}, "streaming_heads='half' is not a percentage"),
-        ({"kv": {"streaming_heads": 50}}, "heads=all does not; leave it out or set heads to one of razor"),
+        ({"kv": {"streaming_heads": 50}}, "heads=all does not; leave it out or set heads to one of razor, duo"),
         ({"kv": {"heads": "hybrid", "streaming_heads": 50}}, "heads=hybrid does not"),
         ({"engine": "llama.cpp", "kv": {"heads": "razor"}}, "kv heads is not for --engine llama.cpp, whose KV heads"),
     ],

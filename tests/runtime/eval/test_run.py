@@ -87,9 +87,15 @@ def test_every_suite_runs_on_a_tiny_model(begin: Callable[..., Evaluation], suit
     assert found["sides"]["recency"]["kv"] == SMALL
 
 
-def test_perplexity_beside_the_full_cache(begin: Callable[..., Evaluation]) -> None:
-    report = begin("perplexity", 600, samples=20, windows=2, policy="recency", kv=SMALL).run()
-    full, ours = report.sides["full"].overall, report.sides["recency"].overall
+@pytest.mark.parametrize(
+    ("policy", "kv", "label"),
+    [("recency", SMALL, "recency"), ("full", {"heads": "hybrid", "sinks": "4", "window": "16"}, "full (as set)")],
+)
+def test_perplexity_beside_the_full_cache(
+    begin: Callable[..., Evaluation], policy: str, kv: dict[str, str], label: str
+) -> None:
+    report = begin("perplexity", 600, samples=20, windows=2, policy=policy, kv=kv).run()
+    full, ours = report.sides["full"].overall, report.sides[label].overall
     assert full["kl_nats"] is None
     assert ours["kl_nats"] is not None
     assert ours["kl_nats"] > 1e-4
@@ -278,7 +284,7 @@ def test_sides() -> None:
     assert (sides[2].kv, sides[2].memory) == ({"hot_tokens": 64}, "1GB")
     assert (sides[0].reference, sides[3].reference) == ("full", "llama.cpp:f16")
     assert [side.label for side in name_sides("full", {}, None, ["full"])] == ["full"]
-    assert [side.label for side in name_sides("full", {}, "1GB", ["full"])] == ["full", "full (plain)"]
+    assert [side.label for side in name_sides("full", {}, "1GB", ["full"])] == ["full (as set)", "full"]
     assert [side.label for side in name_sides("auto", {}, None, ["none"])] == ["auto"]
 
 
