@@ -7,13 +7,14 @@ from typing import Any, Protocol
 
 from ...devices.reporting import Progress
 from ..package import Package
+from .attention_gate import calibrate_attention_gate
 from .cskv import METHOD as CSKV
 from .cskv import calibrate_cskv
 from .kvzap import calibrate_kvzap
 from .locret import calibrate_locret
 from .razor import METHOD as RAZOR
 from .razor import calibrate_razor
-from .retention import KVZAP, LOCRET
+from .retention import ATTENTION_GATE, KVZAP, LOCRET
 from .text import Order, Text
 
 
@@ -48,6 +49,10 @@ METHODS = {
     ),
     LOCRET: Method(
         "small networks that foretell the same from queries, keys and values", "--policy locret", calibrate_locret
+    ),
+    ATTENTION_GATE: Method(
+        "the same, with a small attention to the tokens that are read together", "--policy attention-gate",
+        calibrate_attention_gate,
     ),
     RAZOR: Method("which KV heads look far back, on random tokens", "--kv heads=razor", calibrate_razor),
     CSKV: Method("the few coefficients that tell most of a key or value", "--kv lowrank=cskv", calibrate_cskv),
