@@ -113,11 +113,9 @@ def _outer(inside: str, layer: int, at: str) -> list[Any]:
 
 def _gate(parts: list[str], layer: int, at: str) -> list[Any]:
     """Attention-Gate's head, as `calibration.gate_head.Gate` has it, over the tokens of the run."""
-    joined, queries, keys, values, own, alike, logits, shares, given, found, inside = (
-        f"{at}.{name}.out" for name in (
-            "joined", "queries", "keys", "values", "own", "alike", "logits", "shares", "given", "found", "inside",
-        )
-    )  # fmt: skip
+    joined, queries, keys, values, own = (f"{at}.{name}.out" for name in ("joined", "queries", "keys", "values", "own"))
+    alike, logits, shares, given = (f"{at}.{name}.out" for name in ("alike", "logits", "shares", "given"))
+    found, inside = f"{at}.found.out", f"{at}.inside.out"
     return [
         helper.make_node("Concat", parts, [joined], name=joined, axis=1),
         _linear(joined, QUERY, QUERY_BIAS, layer, queries),

@@ -169,6 +169,28 @@ def test_the_logits_stay_and_chunks_change_nothing(calibrated: Callable[..., Pac
         np.testing.assert_allclose(one, other, atol=1e-3 * np.ptp(one))
 
 
+@pytest.mark.parametrize("chunk", [90, 7, 1])
+def test_a_gate_leaves_the_logits_alone(chunk: int, calibrated: Callable[..., Package]) -> None:
+    """In layer 0, equal tokens are worth the same when all is read at once, or token by token: the others are the same
+    then, or nobody. In chunks of 7 they are not."""
+    package, rows = calibrated(), []
+    for scorer in ("snapkv", "attention-gate"):
+        settings = CacheSettings(scorer=scorer, storage="fp32")
+        engine = NativeEngine(package, 1, settings)
+        cache = engine.new_cache(settings, hot_tokens=None)
+        for first in range(0, len(IDS), chunk):
+            row = engine.run(IDS[first : first + chunk], cache)
+        rows.append(row)
+        scores = cache._native.retention(0, 0) if scorer == "attention-gate" else None
+        cache.close()
+    np.testing.assert_array_equal(*rows)
+    assert scores is not None
+    again = [place for place, token in enumerate(IDS) if IDS.index(token) < place]
+    firsts = [IDS.index(IDS[place]) for place in again]
+    assert again, "a token comes twice"
+    assert np.allclose(scores[again], scores[firsts], atol=1e-4 * np.ptp(scores)) == (chunk != 7)
+
+
 def test_the_policy_keeps_the_best(calibrated: Callable[..., Package]) -> None:
     package = calibrated()
     kv = {"hot_tokens": 128, "sinks": 16, "window": 32, "chunk": 64, "storage": "fp32"}
@@ -195,10 +217,11 @@ def test_the_policy_keeps_the_best(calibrated: Callable[..., Package]) -> None:
                 branch.ask("And when?", max_new_tokens=2)
 
 
-def test_with_recall_and_snapshots(calibrated: Callable[..., Package], tmp_path: Path) -> None:
+@pytest.mark.parametrize("scorer", ["kvzap", "attention-gate"])
+def test_with_recall_and_snapshots(scorer: str, calibrated: Callable[..., Package], tmp_path: Path) -> None:
     """Scores outlive the archive's steps and a snapshot; other heads do not open it."""
     package = calibrated()
-    kv = {"hot_tokens": 512, "window": 128, "sinks": 64, "scorer": "kvzap", "codec": "q8", "chunk": 128}
+    kv = {"hot_tokens": 512, "window": 128, "sinks": 64, "scorer": scorer, "codec": "q8", "chunk": 128}
     options: dict[str, Any] = {"kv": kv, "threads": 1, "cache_dir": tmp_path / "cache", "notice": lambda _: None}
 
     def read() -> tuple[bool, str]:
@@ -209,9 +232,8 @@ def test_with_recall_and_snapshots(calibrated: Callable[..., Package], tmp_path:
     first, again = read(), read()
     assert (first[0], again[0]) == (False, True)
     assert first[1] == again[1]
-    spec = package.spec
-    weights = np.zeros((spec.layers, spec.kv_heads, spec.hidden), np.float32)
-    write_retention(package, "kvzap", weights, weights[:, :, 0], {})
+    heads = open_retention(package, scorer)
+    write_calibration(package, scorer, {name: 0 * values for name, values in heads.tensors.items()}, {})
     assert read()[0] is False
 
 
