@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from .actqkv import ActQKV
+from .attention_gate import AttentionGate
 from .base import Floats, LayerView, Scorer
 from .expected_attention import ExpectedAttention
 from .finch import Finch
@@ -23,6 +24,7 @@ _SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
     for scorer in (
         Recency, KeyDiff, SnapKV, ExpectedAttention, H2O, Keyformer, Finch, ActQKV, KNorm, KVzap, KVzip, Locret,
+        AttentionGate,
     )
 }
 

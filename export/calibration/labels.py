@@ -67,22 +67,36 @@ class Labels(Observer):
         self._seen = None
 
     def _hand_over(self, found: LayerActivations) -> None:
-        span = self._window
+        self._weigh(found)
+        best = self._best.view(found.values.shape[1], -1, self._best.shape[1]).amax(dim=1)
+        features = self._features(found, slice(self._window.first, self._window.end))
+        self._take(found.layer, features, best.clamp_min(LEAST_SHARE).log().T)
+
+    def _weigh(self, found: LayerActivations) -> None:
+        """The largest shares of each head, `_best` [H, C], times what the value adds."""
         heads, size = found.queries.shape[1:]
-        kv_heads = found.values.shape[1]
-        group = heads // kv_heads
+        group = heads // found.values.shape[1]
         for head in range(heads):
             output = found.output_weight[:, head * size : (head + 1) * size]
-            values = found.values[span.first : span.end, head // group]
+            values = found.values[self._window.first : self._window.end, head // group]
             squares = (values @ (output.T @ output) * values).sum(dim=-1)  # of W_o v, without making it
             self._best[head] *= squares.clamp_min(0).sqrt()
-        worth = self._best.view(kv_heads, group, -1).amax(dim=1).clamp_min(LEAST_SHARE).log().T
-        self._take(found.layer, found.inputs[span.first : span.end], worth)
+
+    def _features(self, found: LayerActivations, rows: slice) -> Tensor:
+        return found.inputs[rows]
 
 
-class AnswerAttention(Labels):
-    """Locret's labels. Calls ``take(layer, features, labels)`` as `Labels` does: features float32 [C, (H + 2K) x D] are
-    what the attention takes as queries, keys and values, before RoPE, side by side.
+class WorthOfPairs(Labels):
+    """KVzap's labels for heads that look at the pair. Calls ``take(layer, features, labels)``: features float32
+    [C, (H + 2K) x D] are what the attention takes as queries, keys and values, before RoPE, side by side.
+    """
+
+    def _features(self, found: LayerActivations, rows: slice) -> Tensor:
+        return self._torch.cat([part[rows].flatten(1) for part in (found.queries, found.keys, found.values)], dim=1)
+
+
+class AnswerAttention(WorthOfPairs):
+    """Locret's labels, with the same features.
 
     Departure: the paper has the largest q . k / sqrt(d), before the softmax. What all keys get from a query alike says
     nothing of a key, and keys with biases make much of it: in Qwen's first layers single heads have logits of 500 that
@@ -94,9 +108,5 @@ class AnswerAttention(Labels):
         super().enter(activations)
         self._share = self._torch.ones_like(self._share)
 
-    def _hand_over(self, found: LayerActivations) -> None:
-        rows = slice(self._window.first, self._window.end)
-        parts = found.queries, found.keys, found.values
-        features = self._torch.cat([part[rows].flatten(1) for part in parts], dim=1)
-        best = self._best.view(found.values.shape[1], -1, features.shape[0]).amax(dim=1)
-        self._take(found.layer, features, best.clamp_min(LEAST_SHARE).log().T)
+    def _weigh(self, found: LayerActivations) -> None:
+        """Not at all."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ...devices.reporting import Progress
 from ..package import Package
+from .attention_gate import calibrate_attention_gate
 from .cskv import METHOD as CSKV
 from .cskv import calibrate_cskv
 from .duo import METHOD as DUO
@@ -15,7 +16,7 @@ from .kvzap import calibrate_kvzap
 from .locret import calibrate_locret
 from .razor import METHOD as RAZOR
 from .razor import calibrate_razor
-from .retention import KVZAP, LOCRET
+from .retention import ATTENTION_GATE, KVZAP, LOCRET
 from .text import Order, Text
 
 
@@ -50,6 +51,10 @@ METHODS = {
     ),
     LOCRET: Method(
         "small networks that foretell the same from queries, keys and values", "--policy locret", calibrate_locret
+    ),
+    ATTENTION_GATE: Method(
+        "the same, with a small attention to the tokens that are read together", "--policy attention-gate",
+        calibrate_attention_gate,
     ),
     RAZOR: Method("which KV heads look far back, on random tokens", "--kv heads=razor", calibrate_razor),
     DUO: Method("which KV heads answers need, by gates trained on planted passkeys", "--kv heads=duo", calibrate_duo),

@@ -1,7 +1,7 @@
 """Retention heads as their calibration leaves them in a package, and as the graph takes them.
 
 ``kvzap``: a linear map of what a layer's attention reads. ``locret``: a network with one inner layer over the queries,
-keys and values that it takes.
+keys and values that it takes. ``attention-gate``: such a network, and a small attention over the tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from typing import Any
 from ..package import Package
 from ..spec import ModelSpec
 from .files import Calibration, Floats, open_calibration, write_calibration
+from .gate_head import SIZE, VALUE_SIZE
+from .gate_head import WIDTH as GATE_WIDTH
 from .retaining_head import WIDTH
 
-KVZAP, LOCRET = "kvzap", "locret"
+KVZAP, LOCRET, ATTENTION_GATE = "kvzap", "locret", "attention-gate"
 WEIGHT, BIAS = "layers.{}.retention.weight", "layers.{}.retention.bias"
 INNER, INNER_BIAS = "layers.{}.retention.inner", "layers.{}.retention.inner_bias"
 OUTER, OUTER_BIAS = "layers.{}.retention.outer", "layers.{}.retention.outer_bias"
+QUERY, QUERY_BIAS = "layers.{}.retention.query", "layers.{}.retention.query_bias"
+KEY, KEY_BIAS = "layers.{}.retention.key", "layers.{}.retention.key_bias"
+VALUE, VALUE_BIAS = "layers.{}.retention.value", "layers.{}.retention.value_bias"
+NOBODY, MIXED = "layers.{}.retention.nobody", "layers.{}.retention.mixed"
 
 
 def write_retention(
@@ -33,20 +39,28 @@ def write_retention(
     return write_calibration(package, method, tensors, figures)
 
 
-def locret_features(spec: ModelSpec) -> int:
+def pair_features(spec: ModelSpec) -> int:
     """How many numbers a layer's queries, keys and values of one token are."""
     return (spec.heads + 2 * spec.kv_heads) * spec.head_size
 
 
+def retention_shapes(spec: ModelSpec, method: str) -> dict[str, tuple[int, ...]]:
+    """What ``method`` has for a layer: shapes by name, with a place for the layer's number."""
+    features, kv_heads = pair_features(spec), spec.kv_heads
+    if method == KVZAP:
+        return {WEIGHT: (kv_heads, spec.hidden), BIAS: (kv_heads,)}
+    width = WIDTH if method == LOCRET else GATE_WIDTH
+    network = {INNER: (width, features), INNER_BIAS: (width,), OUTER: (kv_heads, width), OUTER_BIAS: (kv_heads,)}
+    if method == LOCRET:
+        return network
+    return network | {
+        QUERY: (SIZE, features), QUERY_BIAS: (SIZE,), KEY: (SIZE, features), KEY_BIAS: (SIZE,),
+        VALUE: (VALUE_SIZE, features), VALUE_BIAS: (VALUE_SIZE,), NOBODY: (1,), MIXED: (width, VALUE_SIZE),
+    }  # fmt: skip
+
+
 def open_retention(package: Package, method: str) -> Calibration:
     """The heads of ``method``. Raises as `open_calibration`."""
-    spec = package.spec
-    of_layer: dict[str, dict[str, tuple[int, ...]]] = {
-        KVZAP: {WEIGHT: (spec.kv_heads, spec.hidden), BIAS: (spec.kv_heads,)},
-        LOCRET: {
-            INNER: (WIDTH, locret_features(spec)), INNER_BIAS: (WIDTH,),
-            OUTER: (spec.kv_heads, WIDTH), OUTER_BIAS: (spec.kv_heads,),
-        },
-    }  # fmt: skip
-    shapes = {name.format(layer): shape for layer in range(spec.layers) for name, shape in of_layer[method].items()}
-    return open_calibration(package, method, shapes)
+    shapes = retention_shapes(package.spec, method).items()
+    of_all = {name.format(layer): shape for layer in range(package.spec.layers) for name, shape in shapes}
+    return open_calibration(package, method, of_all)

@@ -125,6 +125,7 @@ ROWS: dict[str, Row] = {
     "knorm": Row(plant_a_short_key, PLANTED),
     "kvzap": Row(plant_foretold_pair, PLANTED),
     "locret": Row(plant_foretold_pair, PLANTED),
+    "attention-gate": Row(plant_foretold_pair, PLANTED),
     "kvzip": Row(plant_a_compiled_pair, PLANTED),
 }
 

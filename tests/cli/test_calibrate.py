@@ -40,12 +40,13 @@ def test_a_table_for_people(calibrate: Any) -> None:
     assert found.stderr == ""
 
 
-def test_locret_in_a_table(calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("satchel.export.calibration.retaining_head.EPOCHS", 1)
-    found = calibrate("--method", "locret", "--tokens", "256")
+@pytest.mark.parametrize(("method", "module"), [("locret", "retaining_head"), ("attention-gate", "gate_head")])
+def test_trained_heads_in_a_table(method: str, module: str, calibrate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"satchel.export.calibration.{module}.EPOCHS", 1)
+    found = calibrate("--method", method, "--tokens", "256")
     assert found.exit_code == 0, found.output
-    assert "locret on 192 tokens, tested on 64 others" in found.stdout
-    assert found.stdout.endswith("use it by --policy locret\n")
+    assert f"{method} on 192 tokens, tested on 64 others" in found.stdout
+    assert found.stdout.endswith(f"use it by --policy {method}\n")
 
 
 @pytest.mark.parametrize("method", ["razor", "duo"])

@@ -14,17 +14,25 @@ from satchel import kernels
 from satchel.cache import CacheSettings
 from satchel.errors import ModelError, OptionError
 from satchel.export.calibration.files import write_calibration
-from satchel.export.calibration.retaining_head import WIDTH
 from satchel.export.calibration.retention import (
+    ATTENTION_GATE,
     BIAS,
     INNER,
     INNER_BIAS,
+    KEY,
+    KEY_BIAS,
     LOCRET,
+    MIXED,
+    NOBODY,
     OUTER,
     OUTER_BIAS,
+    QUERY,
+    QUERY_BIAS,
+    VALUE,
+    VALUE_BIAS,
     WEIGHT,
-    locret_features,
     open_retention,
+    retention_shapes,
     write_retention,
 )
 from satchel.export.exporter import export_model
@@ -33,6 +41,7 @@ from satchel.runtime.engines import NativeEngine
 
 RNG = np.random.default_rng(4)
 IDS = [int(index) for index in RNG.integers(3, 250, 90)]
+CHUNK_STARTS = (0, 50, 89)  # the last token is read alone
 KVZAP = CacheSettings(scorer="kvzap", storage="fp32")
 TEXT = "The filter is cleaned every second week, says the manual of the pump in room 7. " * 40
 
@@ -46,15 +55,15 @@ def calibrated(tiny_gguf: Callable[..., Path], tmp_path: Path) -> Callable[..., 
         spec = package.spec
         weights = RNG.normal(size=(spec.layers, spec.kv_heads, spec.hidden)).astype(np.float32)
         write_retention(package, "kvzap", weights, RNG.normal(size=weights.shape[:2]).astype(np.float32), {})
-        shapes = {
-            INNER: (WIDTH, locret_features(spec)), INNER_BIAS: (WIDTH,),
-            OUTER: (spec.kv_heads, WIDTH), OUTER_BIAS: (spec.kv_heads,),
-        }  # fmt: skip
-        network = {
-            name.format(layer): (RNG.normal(size=shape) / shape[-1] ** 0.5).astype(np.float32)
-            for layer in range(spec.layers) for name, shape in shapes.items()
-        }  # fmt: skip
-        write_calibration(package, LOCRET, network, {})
+        for method in (LOCRET, ATTENTION_GATE):
+            shapes = retention_shapes(spec, method)
+            tensors = {
+                name.format(layer): (RNG.normal(size=shape) / shape[-1] ** 0.5).astype(np.float32)
+                for layer in range(spec.layers) for name, shape in shapes.items()
+            }  # fmt: skip
+            for layer in range(spec.layers if method == ATTENTION_GATE else 0):
+                tensors[NOBODY.format(layer)] += 4  # worth as much as all others
+            write_calibration(package, method, tensors, {})
         return package
 
     return make
@@ -82,18 +91,41 @@ def linear(seen: Any, tensors: Any) -> Any:
     return seen.inputs.numpy() @ tensors[WEIGHT.format(at)].T + tensors[BIAS.format(at)]
 
 
-def network(seen: Any, tensors: Any) -> Any:
-    joined = np.concatenate([part.flatten(1).numpy() for part in (seen.queries, seen.keys, seen.values)], axis=1)
+def joined_parts(seen: Any) -> Any:
+    return np.concatenate([part.flatten(1).numpy() for part in (seen.queries, seen.keys, seen.values)], axis=1)
+
+
+def network(seen: Any, tensors: Any, found: Any = 0) -> Any:
     inner, inner_bias, outer, outer_bias = (
         tensors[name.format(seen.layer)] for name in (INNER, INNER_BIAS, OUTER, OUTER_BIAS)
     )
-    inside = joined @ inner.T + inner_bias
+    inside = joined_parts(seen) @ inner.T + inner_bias + found
     return inside / (1 + np.exp(-inside)) @ outer.T + outer_bias
+
+
+def gate(seen: Any, tensors: Any) -> Any:
+    """Token by token: its query meets the keys of the others in its chunk, and the one that nobody has."""
+    query, query_bias, key, key_bias, value, value_bias, nobody, mixed = (
+        tensors[name.format(seen.layer)]
+        for name in (QUERY, QUERY_BIAS, KEY, KEY_BIAS, VALUE, VALUE_BIAS, NOBODY, MIXED)
+    )
+    joined, found = joined_parts(seen), []
+    for token in range(len(joined)):
+        first = max(place for place in CHUNK_STARTS if place <= token)
+        end = min((place for place in CHUNK_STARTS if place > token), default=len(joined))
+        others = [place for place in range(first, end) if place != token]
+        logits = (joined[others] @ key.T + key_bias) @ (query @ joined[token] + query_bias)
+        weights = np.exp(logits)
+        shares = weights / (weights.sum() + np.exp(nobody))
+        found.append(mixed @ (shares @ (joined[others] @ value.T + value_bias)))
+    return network(seen, tensors, np.stack(found))
 
 
 @pytest.mark.filterwarnings("default")  # torch warns about itself
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "olmo2", "phi3"])
-@pytest.mark.parametrize(("method", "expected_of"), [("kvzap", linear), ("locret", network)])
+@pytest.mark.parametrize(
+    ("method", "expected_of"), [("kvzap", linear), ("locret", network), ("attention-gate", gate)]
+)
 def test_the_graph_says_what_the_heads_say(
     method: str, expected_of: Callable[..., Any], architecture: str, calibrated: Callable[..., Package]
 ) -> None:
@@ -107,8 +139,8 @@ def test_the_graph_says_what_the_heads_say(
     heads, settings = open_retention(package, method), replace(KVZAP, scorer=method)
     engine = NativeEngine(package, 1, settings)
     cache = engine.new_cache(settings, hot_tokens=None)
-    engine.run(IDS[:50], cache)
-    engine.run(IDS[50:], cache)
+    for first, end in zip(CHUNK_STARTS, (*CHUNK_STARTS[1:], len(IDS)), strict=True):
+        engine.run(IDS[first:end], cache)
     kernels.select_variant(before)
     for activations in seen.found:
         expected = expected_of(activations, heads.tensors)
@@ -137,6 +169,28 @@ def test_the_logits_stay_and_chunks_change_nothing(calibrated: Callable[..., Pac
         np.testing.assert_allclose(one, other, atol=1e-3 * np.ptp(one))
 
 
+@pytest.mark.parametrize("chunk", [90, 7, 1])
+def test_a_gate_leaves_the_logits_alone(chunk: int, calibrated: Callable[..., Package]) -> None:
+    """In layer 0, equal tokens are worth the same when all is read at once, or token by token: the others are the same
+    then, or nobody. In chunks of 7 they are not."""
+    package, rows = calibrated(), []
+    for scorer in ("snapkv", "attention-gate"):
+        settings = CacheSettings(scorer=scorer, storage="fp32")
+        engine = NativeEngine(package, 1, settings)
+        cache = engine.new_cache(settings, hot_tokens=None)
+        for first in range(0, len(IDS), chunk):
+            row = engine.run(IDS[first : first + chunk], cache)
+        rows.append(row)
+        scores = cache._native.retention(0, 0) if scorer == "attention-gate" else None
+        cache.close()
+    np.testing.assert_array_equal(*rows)
+    assert scores is not None
+    again = [place for place, token in enumerate(IDS) if IDS.index(token) < place]
+    firsts = [IDS.index(IDS[place]) for place in again]
+    assert again, "a token comes twice"
+    assert np.allclose(scores[again], scores[firsts], atol=1e-4 * np.ptp(scores)) == (chunk != 7)
+
+
 def test_the_policy_keeps_the_best(calibrated: Callable[..., Package]) -> None:
     package = calibrated()
     kv = {"hot_tokens": 128, "sinks": 16, "window": 32, "chunk": 64, "storage": "fp32"}
@@ -163,10 +217,11 @@ def test_the_policy_keeps_the_best(calibrated: Callable[..., Package]) -> None:
                 branch.ask("And when?", max_new_tokens=2)
 
 
-def test_with_recall_and_snapshots(calibrated: Callable[..., Package], tmp_path: Path) -> None:
+@pytest.mark.parametrize("scorer", ["kvzap", "attention-gate"])
+def test_with_recall_and_snapshots(scorer: str, calibrated: Callable[..., Package], tmp_path: Path) -> None:
     """Scores outlive the archive's steps and a snapshot; other heads do not open it."""
     package = calibrated()
-    kv = {"hot_tokens": 512, "window": 128, "sinks": 64, "scorer": "kvzap", "codec": "q8", "chunk": 128}
+    kv = {"hot_tokens": 512, "window": 128, "sinks": 64, "scorer": scorer, "codec": "q8", "chunk": 128}
     options: dict[str, Any] = {"kv": kv, "threads": 1, "cache_dir": tmp_path / "cache", "notice": lambda _: None}
 
     def read() -> tuple[bool, str]:
@@ -177,9 +232,8 @@ def test_with_recall_and_snapshots(calibrated: Callable[..., Package], tmp_path:
     first, again = read(), read()
     assert (first[0], again[0]) == (False, True)
     assert first[1] == again[1]
-    spec = package.spec
-    weights = np.zeros((spec.layers, spec.kv_heads, spec.hidden), np.float32)
-    write_retention(package, "kvzap", weights, weights[:, :, 0], {})
+    heads = open_retention(package, scorer)
+    write_calibration(package, scorer, {name: 0 * values for name, values in heads.tensors.items()}, {})
     assert read()[0] is False
 
 
