@@ -19,7 +19,6 @@ _PAPERS = {CSKV: "CSKV, arXiv 2409.10593", THINK: "ThinK, arXiv 2407.21018"}
 LOWRANKS = (NO_LOWRANK, *_PAPERS)
 DEFAULT_PERCENT = 50
 LEAST_RANK = 4  # as kernels/native/lowrank.h has it
-_BLOCK = kernels.BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,8 @@ class LowRank:
 
     def ranks(self, head_size: int) -> tuple[int, int]:
         """Coefficients on the keys' and on the values' side of a block; 0: all channels as they are."""
-        if self.name == THINK:
-            return rank_of(self.percent, head_size), 0
-        both = pair_rank_of(self.percent, head_size)
-        return both - both // 2, both // 2
+        rank = rank_of(self.percent, head_size)
+        return (rank, 0) if self.name == THINK else (rank, rank)
 
     @property
     def paper(self) -> str:
@@ -67,14 +64,6 @@ def find_lowrank(name: str) -> LowRank:
 def rank_of(percent: int, head_size: int) -> int:
     """Channels that are so many percent of ``head_size``, to the nearest; at least `LEAST_RANK`."""
     return max(LEAST_RANK, (head_size * percent + 50) // 100)
-
-
-def pair_rank_of(percent: int, head_size: int) -> int:
-    """Coefficients of a key with its value. With a sixteenth of the others, whose mean a block of 16 tokens has,
-    they are so many percent of the channels of both, to the nearest; at least twice `LEAST_RANK`.
-    """
-    channels = 2 * head_size
-    return max(2 * LEAST_RANK, (_BLOCK * channels * percent // 100 - channels + _BLOCK // 2 - 1) // (_BLOCK - 1))
 
 
 def low_form(codec: Codec, head_size: int, lowrank: LowRank | None) -> kernels.NativeCodec:

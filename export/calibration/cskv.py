@@ -9,11 +9,11 @@ variable on what determines it). Here the components are taken in the measure of
 * a value's error e costs |W_o e|^2, summed over the query heads that read it.
 
 A key and its value are projected together: they are made of the same input and say much of each other. Each measure is
-divided by the spread in it, and keys count `KEY_WEIGHT` times as much as values.
+divided by the spread in it, and keys count `KEY_WEIGHT` times as much as values. Spread is within blocks: the archive
+keeps of each block the mean of what coefficients leave out.
 
 Departures from the paper: closed form instead of training; in these measures; one basis for keys and values, and for
-each KV head, as heads recall different blocks; the mean is the document's own, and each block has its own mean of what
-the coefficients leave out.
+each KV head, as heads recall different blocks; each block has its own mean of what coefficients leave out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import numpy.typing as npt
 from ...devices.files.safe_write import temporary_file
 from ...devices.machine import peak_rss_bytes
 from ...devices.reporting import Progress, no_progress
+from ...kernels import BLOCK_TOKENS
 from ..package import Package
 from ..rope import rope_frequencies
 from ..spec import ModelSpec, RopeSpec
@@ -44,7 +45,7 @@ METHOD = "cskv"
 FIRST_TOKENS = 16  # of a window, not learnt from: sinks, which the archive keeps whole
 DISTANCES = np.geomspace(64, 8192, 48)  # from a query to what is archived: beyond the window, as far as texts are long
 LEAST_SHARE = 1e-6  # of a measure's largest direction: smaller ones count as much as this
-KEY_WEIGHT = 4.0  # of 1, 4 and 12 the least error of what attention gives (docs/lab-notes.md)
+KEY_WEIGHT = 3.0  # of 2, 3, 4 and 6 the least error of what attention gives (docs/lab-notes.md)
 REPORTED_PERCENT = (50, 20)
 SUMS_FILE = "cskv.partial.npz"
 
@@ -52,30 +53,28 @@ Doubles = npt.NDArray[np.float64]
 
 
 class Moments:
-    """Sums over tokens for L layers and K KV heads: of pairs (a key and its value side by side), and products of pairs
-    and of queries by channel."""
+    """Sums over tokens for L layers and K KV heads: products by channel of pairs (a key and its value side by side, less
+    the mean of their block), and of queries."""
 
     def __init__(self, layers: int, kv_heads: int, head_size: int) -> None:
         self.count = np.zeros(layers)
-        self.pairs = np.zeros((layers, kv_heads, 2 * head_size))
         self.pairs_squared = np.zeros((layers, kv_heads, 2 * head_size, 2 * head_size))
         self.queries_squared = np.zeros((layers, kv_heads, head_size, head_size))
 
     def add(self, layer: int, keys: Doubles, values: Doubles, queries: Doubles) -> None:
         """``keys``, ``values`` [T, K, D] and ``queries`` [T, H, D], all before RoPE."""
-        self.count[layer] += len(keys)
-        pairs = np.concatenate([keys, values], axis=-1)
-        self.pairs[layer] += pairs.sum(axis=0)
-        self.pairs_squared[layer] += _products(pairs)
+        whole = len(keys) // BLOCK_TOKENS * BLOCK_TOKENS
+        pairs = np.concatenate([keys, values], axis=-1)[:whole]
+        blocks = pairs.reshape(-1, BLOCK_TOKENS, *pairs.shape[1:])
+        self.count[layer] += whole
+        self.pairs_squared[layer] += _products((blocks - blocks.mean(axis=1, keepdims=True)).reshape(pairs.shape))
         tokens, kv_heads, size = keys.shape
         shared = queries.reshape(tokens, kv_heads, -1, size).swapaxes(1, 2).reshape(-1, kv_heads, size)
         self.queries_squared[layer] += _products(shared)
 
     def covariance(self, layer: int) -> Doubles:
         """[K, 2D, 2D]."""
-        count = max(float(self.count[layer]), 1.0)
-        mean = self.pairs[layer] / count
-        found: Doubles = self.pairs_squared[layer] / count - mean[:, :, None] * mean[:, None, :]
+        found: Doubles = self.pairs_squared[layer] / max(float(self.count[layer]), 1.0)
         return found
 
 
@@ -256,8 +255,8 @@ def _projections(moments: Moments, measures: dict[str, Doubles]) -> Projections:
 
 
 def _errors(moments: Moments, measure: Doubles, by: Projections, percent: int, side: int) -> Doubles:
-    """[L]: the error of keys (``side`` 0) or values (1) in the measure, over the spread in it (square roots both), of
-    tokens that were not learnt from; without the blocks' means of the rest."""
+    """[L]: the error of keys (``side`` 0) or values (1) in the measure, over the spread in it (square roots both), both
+    within blocks, of tokens that were not learnt from."""
     size = measure.shape[-1]
     rank, at = max(1, round(2 * size * percent / 100)), slice(side * size, (side + 1) * size)
     rest = np.eye(2 * size) - by.encoders[..., :rank].astype(np.float64) @ by.decoders[:, :, :rank]
