@@ -53,8 +53,8 @@ Doubles = npt.NDArray[np.float64]
 
 
 class Moments:
-    """Sums over tokens for L layers and K KV heads: products by channel of pairs (a key and its value side by side, less
-    the mean of their block), and of queries."""
+    """Sums over tokens for L layers, K KV heads: products by channel of pairs (a key with its value, less the mean of
+    their block), and of queries."""
 
     def __init__(self, layers: int, kv_heads: int, head_size: int) -> None:
         self.count = np.zeros(layers)
