@@ -45,11 +45,12 @@ def encode(form: kernels.NativeCodec, statistics: kernels.HeadStatistics, keys: 
 
 def random_basis(rng: np.random.Generator, head_size: int, ranks: tuple[int, int]) -> kernels.LowRankBasis:
     """Of one head; what its numbers are makes no difference to time."""
-    turn = np.linalg.qr(rng.normal(size=(head_size, head_size)))[0].astype(np.float32)[None, None]
-    keys, values = (turn[..., :rank] for rank in ranks)
+    turn = np.linalg.qr(rng.normal(size=(2 * head_size, 2 * head_size)))[0].astype(np.float32)[None, None]
+    keys, values, rest = np.split(turn, [ranks[0], sum(ranks)], axis=-1)
     return kernels.LowRankBasis(
-        key_encoders=keys, key_decoders=keys.swapaxes(2, 3), value_encoders=values, value_decoders=values.swapaxes(2, 3)
-    )
+        key_encoders=keys, key_decoders=keys.swapaxes(2, 3), value_encoders=values,
+        value_decoders=values.swapaxes(2, 3), rest_encoders=rest, rest_decoders=rest.swapaxes(2, 3),
+    )  # fmt: skip
 
 
 def rows(given: Any) -> Iterator[Row]:

@@ -1,8 +1,9 @@
-"""Low rank below the hot tier: archived keys and values as a few coefficients each, which the codec then encodes.
+"""Low rank below the hot tier: archived keys and values as a few coefficients, which the codec then encodes.
 
-The hot tier is the full-precision window that CSKV (arXiv 2409.10593) wants beside its low-rank form. Projections come
-from a calibration of the model (``cskv``), or keys are pruned to some of their channels, which the queries at hand
-choose (``think``: ThinK, arXiv 2407.21018; no calibration). What digests are made of stays whole.
+The hot tier is the full-precision window that CSKV (arXiv 2409.10593) wants beside its low-rank form. Projections, of a
+key and its value together, come from a calibration of the model (``cskv``), or keys are pruned to some of their
+channels, which the queries at hand choose (``think``: ThinK, arXiv 2407.21018; no calibration). What digests are made
+of stays whole.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LowRank:
     sha256: str = ""
 
     def ranks(self, head_size: int) -> tuple[int, int]:
-        """Coefficients of a key and of a value; 0: all of its channels as they are."""
+        """Coefficients on the keys' and on the values' side of a block; 0: all channels as they are."""
         rank = rank_of(self.percent, head_size)
         return (rank, 0) if self.name == THINK else (rank, rank)
 

@@ -84,6 +84,8 @@ class LowRankBasis:
         key_decoders: NDArray[np.float32],
         value_encoders: NDArray[np.float32],
         value_decoders: NDArray[np.float32],
+        rest_encoders: NDArray[np.float32] | None = None,
+        rest_decoders: NDArray[np.float32] | None = None,
     ) -> None: ...
     @property
     def key_rank(self) -> int: ...

@@ -35,7 +35,8 @@ Half = np.floating[Any]
 
 @dataclass(frozen=True)
 class LowRank:
-    """A side as R coefficients: ``mean`` [D], ``encoder`` [D, R], ``decoder`` [R, D], float32."""
+    """A side as R coefficients: ``mean`` [D], ``encoder`` [D, R], ``decoder`` [R, D], float32; of pairs 2D in the place
+    of D, keys before values."""
 
     mean: Singles
     encoder: Singles
@@ -49,9 +50,17 @@ class LowRank:
         found = (rest @ self.encoder.astype(np.float64)).astype(np.float32)
         return np.pad(found, ((0, 0), (0, -found.shape[1] % 16)))
 
-    def restored(self, coefficients: Floats) -> Floats:
-        """float64 [T, D] from [T, R]."""
-        x: Floats = self.mean + coefficients @ self.decoder.astype(np.float64)
+    def mean_coefficients(self, x: ArrayLike) -> Singles:
+        """float32 [R]: the mean over ``x`` [T, D]."""
+        given = np.asarray(x, np.float32)
+        bounded = np.clip(given, -LARGEST_HALF, LARGEST_HALF)
+        distance = np.where(np.isnan(given), 0.0, bounded.astype(np.float64) - self.mean).mean(axis=0)
+        found: Singles = (distance @ self.encoder.astype(np.float64)).astype(np.float32)
+        return found
+
+    def added(self, coefficients: Floats) -> Floats:
+        """float64 [T, D] from [T, R]: what comes to the mean."""
+        x: Floats = coefficients @ self.decoder.astype(np.float64)
         return x
 
 
@@ -101,22 +110,57 @@ class Side:
         return head_size if self.low is None else self.low.decoder.shape[0]
 
 
-def block_bytes(keys: Side, values: Side, head_size: int) -> int:
-    return -(-(sum(keys.bytes(head_size)) + sum(values.bytes(head_size))) // 16) * 16
+def block_bytes(keys: Side, values: Side, head_size: int, rest: LowRank | None = None) -> int:
+    return -(-(sum(keys.bytes(head_size)) + sum(values.bytes(head_size)) + rest_bytes(rest)) // 16) * 16
 
 
-def encode_block(keys: Side, values: Side, k: ArrayLike, v: ArrayLike) -> Bytes:
+def rest_bytes(rest: LowRank | None) -> int:
+    """Of what pairs leave out: a scale, and 4 bits for each coefficient."""
+    return 0 if rest is None else 2 + (rest.decoder.shape[0] + 1) // 2
+
+
+def encode_block(keys: Side, values: Side, k: ArrayLike, v: ArrayLike, rest: LowRank | None = None) -> Bytes:
     """A block as uint8, from 16 keys before RoPE and values [16, D]."""
+    if keys.low is not None and values.low is not None:
+        k = v = np.hstack([np.asarray(k, np.float32), np.asarray(v, np.float32)])
     parts = zip(encode_side(keys, k), encode_side(values, v), strict=True)
     block = np.concatenate([part for pair in parts for part in pair])
+    if rest is not None:
+        block = np.concatenate([block, encode_rest(rest.mean_coefficients(k))])
     return np.concatenate([block, np.zeros(-block.size % 16, np.uint8)])
 
 
-def decode_block(keys: Side, values: Side, head_size: int, block: Bytes) -> tuple[Floats, Floats]:
+def decode_block(
+    keys: Side, values: Side, head_size: int, block: Bytes, rest: LowRank | None = None
+) -> tuple[Floats, Floats]:
     """Keys and values, float64 [16, D] both."""
     sizes = [size for pair in zip(keys.bytes(head_size), values.bytes(head_size), strict=True) for size in pair]
-    parts = np.split(block, np.cumsum(sizes))[: len(sizes)]
-    return decode_side(keys, head_size, *parts[0::2]), decode_side(values, head_size, *parts[1::2])
+    *parts, behind = np.split(block, np.cumsum(sizes))
+    k, v = decode_side(keys, head_size, *parts[0::2]), decode_side(values, head_size, *parts[1::2])
+    if keys.low is None or values.low is None:
+        k = k if keys.low is None else keys.low.mean + keys.low.added(k)
+        return k, v if values.low is None else values.low.mean + values.low.added(v)
+    pairs = keys.low.mean + keys.low.added(k) + values.low.added(v)
+    if rest is not None:
+        pairs = pairs + rest.added(decode_rest(behind, rest.decoder.shape[0]))
+    return pairs[:, :head_size], pairs[:, head_size:]
+
+
+def encode_rest(coefficients: Singles) -> Bytes:
+    """Scale, then two codes a byte."""
+    scale = to_half(np.abs(coefficients).max() / np.float32(7.5))
+    inverse = np.float32(1) / np.float32(scale) if scale > 0 else np.float32(0)
+    codes = np.clip(coefficients * inverse + np.float32(8), 0, np.float32(15.5)).astype(np.uint8)
+    codes = np.pad(codes, (0, codes.size % 2))
+    return np.concatenate([as_bytes(np.array([scale], np.float16)), codes[::2] | codes[1::2] << 4])
+
+
+def decode_rest(part: Bytes, count: int) -> Floats:
+    """float64 [count]."""
+    scale = float(np.frombuffer(part[:2].tobytes(), "<f2")[0])
+    codes = np.stack([part[2:] & 15, part[2:] >> 4], axis=1).ravel()[:count]
+    found: Floats = scale * (codes.astype(np.float64) - 7.5)
+    return found
 
 
 def encode_side(side: Side, x: ArrayLike) -> tuple[Bytes, Bytes, Bytes]:
@@ -143,11 +187,11 @@ def encode_side(side: Side, x: ArrayLike) -> tuple[Bytes, Bytes, Bytes]:
 
 
 def decode_side(side: Side, head_size: int, scales: Bytes, outliers: Bytes, runs: Bytes) -> Floats:
-    """float64 [16, D] from what `encode_side` makes."""
+    """float64 [16, D], or [16, R] coefficients, from what `encode_side` makes."""
     if side.low is not None:
         rank = side.stored(head_size)
         plain = replace(side, center=side.center[:rank], spread=side.spread[:rank], low=None)
-        return side.low.restored(decode_side(plain, rank, scales, outliers, runs))
+        return decode_side(plain, rank, scales, outliers, runs)
     if side.bits == 16:
         return token_major(side, np.frombuffer(runs.tobytes(), "<f2").astype(np.float64), head_size)
     packed = runs.reshape(-1, 2 * side.bits)

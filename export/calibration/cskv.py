@@ -1,4 +1,4 @@
-"""CSKV (arXiv 2409.10593): which few coefficients tell most of a layer's keys and values, in closed form.
+"""CSKV (arXiv 2409.10593): which few coefficients tell most of a head's keys and values, in closed form.
 
 The paper starts from an activation-aware SVD of the key and value projections and trains the two factors to reconstruct
 each layer's keys and values. Keys and values are linear in what the layer reads, so the best factors of a rank under
@@ -8,8 +8,12 @@ variable on what determines it). Here the components are taken in the measure of
 * a key's error e costs (q . R e)^2, averaged over queries and over the rotations R that distances bring;
 * a value's error e costs |W_o e|^2, summed over the query heads that read it.
 
-Departures from the paper: closed form instead of training; in these measures; one basis for each KV head, as heads
-recall different blocks; the mean is the document's own.
+A key and its value are projected together: they are made of the same input and say much of each other. Each measure is
+divided by the spread in it, and keys count `KEY_WEIGHT` times as much as values. Spread is within blocks: the archive
+keeps of each block the mean of what coefficients leave out.
+
+Departures from the paper: closed form instead of training; in these measures; one basis for keys and values, and for
+each KV head, as heads recall different blocks; each block has its own mean of what coefficients leave out.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import numpy.typing as npt
 from ...devices.files.safe_write import temporary_file
 from ...devices.machine import peak_rss_bytes
 from ...devices.reporting import Progress, no_progress
+from ...kernels import BLOCK_TOKENS
 from ..package import Package
 from ..rope import rope_frequencies
 from ..spec import ModelSpec, RopeSpec
@@ -40,6 +45,7 @@ METHOD = "cskv"
 FIRST_TOKENS = 16  # of a window, not learnt from: sinks, which the archive keeps whole
 DISTANCES = np.geomspace(64, 8192, 48)  # from a query to what is archived: beyond the window, as far as texts are long
 LEAST_SHARE = 1e-6  # of a measure's largest direction: smaller ones count as much as this
+KEY_WEIGHT = 3.0  # of 2, 3, 4 and 6 the least error of what attention gives (docs/lab-notes.md)
 REPORTED_PERCENT = (50, 20)
 SUMS_FILE = "cskv.partial.npz"
 
@@ -47,31 +53,28 @@ Doubles = npt.NDArray[np.float64]
 
 
 class Moments:
-    """Sums over tokens for L layers and K KV heads: of keys, values and queries, and their products by channel."""
+    """Sums over tokens for L layers, K KV heads: products by channel of pairs (a key with its value, less the mean of
+    their block), and of queries."""
 
     def __init__(self, layers: int, kv_heads: int, head_size: int) -> None:
-        shape = (layers, kv_heads, head_size)
         self.count = np.zeros(layers)
-        self.keys, self.values = np.zeros(shape), np.zeros(shape)
-        self.keys_squared, self.values_squared = np.zeros((*shape, head_size)), np.zeros((*shape, head_size))
-        self.queries_squared = np.zeros((*shape, head_size))
+        self.pairs_squared = np.zeros((layers, kv_heads, 2 * head_size, 2 * head_size))
+        self.queries_squared = np.zeros((layers, kv_heads, head_size, head_size))
 
     def add(self, layer: int, keys: Doubles, values: Doubles, queries: Doubles) -> None:
         """``keys``, ``values`` [T, K, D] and ``queries`` [T, H, D], all before RoPE."""
-        self.count[layer] += len(keys)
-        self.keys[layer] += keys.sum(axis=0)
-        self.values[layer] += values.sum(axis=0)
-        self.keys_squared[layer] += _products(keys)
-        self.values_squared[layer] += _products(values)
+        whole = len(keys) // BLOCK_TOKENS * BLOCK_TOKENS
+        pairs = np.concatenate([keys, values], axis=-1)[:whole]
+        blocks = pairs.reshape(-1, BLOCK_TOKENS, *pairs.shape[1:])
+        self.count[layer] += whole
+        self.pairs_squared[layer] += _products((blocks - blocks.mean(axis=1, keepdims=True)).reshape(pairs.shape))
         tokens, kv_heads, size = keys.shape
         shared = queries.reshape(tokens, kv_heads, -1, size).swapaxes(1, 2).reshape(-1, kv_heads, size)
         self.queries_squared[layer] += _products(shared)
 
-    def covariance(self, side: str, layer: int) -> Doubles:
-        """[K, D, D] of "keys" or "values"."""
-        count = max(float(self.count[layer]), 1.0)
-        mean = getattr(self, side)[layer] / count
-        found: Doubles = getattr(self, side + "_squared")[layer] / count - mean[:, :, None] * mean[:, None, :]
+    def covariance(self, layer: int) -> Doubles:
+        """[K, 2D, 2D]."""
+        found: Doubles = self.pairs_squared[layer] / max(float(self.count[layer]), 1.0)
         return found
 
 
@@ -169,17 +172,17 @@ def calibrate_cskv(
     finally:
         torch.set_num_threads(threads_before)
     measures = _measures(spec, sums)
-    found = {side: _projections(sums.learnt, side, measures[side]) for side in measures}
+    found = _projections(sums.learnt, measures)
     errors = {
-        f"{side[:-1]}_error_of_{percent}": _errors(sums.tested, side, measures[side], found[side], percent)
-        for side in measures
+        f"{side}_error_of_{percent}": _errors(sums.tested, measure, found, percent, at)
+        for at, (side, measure) in enumerate(measures.items())
         for percent in REPORTED_PERCENT
     }
     seconds = sums.seconds + time.perf_counter() - begun
     figures = _figures(text, order, len(windows), seconds) | {
         name: round(float(values.mean()), 4) for name, values in errors.items()
     } | {f"{name}_of_layer": values.round(4).tolist() for name, values in errors.items()}  # fmt: skip
-    record = write_lowrank(package, METHOD, found["keys"], found["values"], figures)
+    record = write_lowrank(package, METHOD, found, figures)
     sums.remove()
     return record
 
@@ -188,7 +191,7 @@ def best_projection(covariance: Doubles, measure: Doubles) -> tuple[Doubles, Dou
     """Encoder [D, D] and decoder [D, D] whose first r coefficients err least in ``measure``, for every r.
 
     Of x with ``covariance`` C: the error x - x' costs (x - x')' M (x - x'), so the coefficients are the principal
-    components of M^1/2 x. Rows of the decoder have length 1.
+    components of M^1/2 x. An error of a coefficient costs its square.
     """
     values, vectors = np.linalg.eigh(measure)
     if not values[-1] > 0:  # nobody looks at this head: all directions alike
@@ -196,9 +199,7 @@ def best_projection(covariance: Doubles, measure: Doubles) -> tuple[Doubles, Dou
     lengths = np.sqrt(np.maximum(values, values[-1] * LEAST_SHARE))
     root, inverse = (vectors * lengths) @ vectors.T, (vectors / lengths) @ vectors.T
     components = np.linalg.eigh(root @ covariance @ root)[1][:, ::-1]
-    encoder, decoder = root @ components, components.T @ inverse
-    sizes = np.linalg.norm(decoder, axis=1)
-    return encoder * sizes, decoder / sizes[:, None]
+    return root @ components, components.T @ inverse
 
 
 def turned(measure: Doubles, rope: RopeSpec | None) -> Doubles:
@@ -228,29 +229,42 @@ def _measures(spec: ModelSpec, sums: _Sums) -> dict[str, Doubles]:
     """[L, K, D, D] of each side."""
     queries = sums.learnt.queries_squared
     return {
-        "keys": np.stack([turned(queries[layer], spec.layer_rope(layer)) for layer in range(spec.layers)]),
-        "values": sums.outputs,
+        "key": np.stack([turned(queries[layer], spec.layer_rope(layer)) for layer in range(spec.layers)]),
+        "value": sums.outputs,
     }
 
 
-def _projections(moments: Moments, side: str, measure: Doubles) -> Projections:
-    encoders, decoders = np.zeros_like(measure), np.zeros_like(measure)
-    for layer in range(len(measure)):
-        for head, covariance in enumerate(moments.covariance(side, layer)):
-            encoders[layer, head], decoders[layer, head] = best_projection(covariance, measure[layer, head])
+def pair_measure(covariance: Doubles, key_measure: Doubles, value_measure: Doubles) -> Doubles:
+    """[2D, 2D] of a key [D] and its value, whose pairs have ``covariance``: of either the share of its spread."""
+    size = len(key_measure)
+    found = np.zeros_like(covariance)
+    sides = ((slice(0, size), key_measure, KEY_WEIGHT), (slice(size, None), value_measure, 1.0))
+    for at, measure, weight in sides:
+        spread = float((measure * covariance[at, at]).sum())
+        found[at, at] = measure * (weight / spread if spread > 0 else 0.0)
+    return found
+
+
+def _projections(moments: Moments, measures: dict[str, Doubles]) -> Projections:
+    encoders, decoders = np.zeros_like(moments.pairs_squared), np.zeros_like(moments.pairs_squared)
+    for layer in range(len(encoders)):
+        for head, covariance in enumerate(moments.covariance(layer)):
+            measure = pair_measure(covariance, measures["key"][layer, head], measures["value"][layer, head])
+            encoders[layer, head], decoders[layer, head] = best_projection(covariance, measure)
     return Projections(encoders.astype(np.float32), decoders.astype(np.float32))
 
 
-def _errors(moments: Moments, side: str, measure: Doubles, by: Projections, percent: int) -> Doubles:
-    """[L]: the error in the measure, over the spread in it (square roots both), of tokens that were not learnt from."""
+def _errors(moments: Moments, measure: Doubles, by: Projections, percent: int, side: int) -> Doubles:
+    """[L]: the error of keys (``side`` 0) or values (1) in the measure, over the spread in it (square roots both), both
+    within blocks, of tokens that were not learnt from."""
     size = measure.shape[-1]
-    rank = max(1, round(size * percent / 100))
-    rest = np.eye(size) - by.encoders[..., :rank].astype(np.float64) @ by.decoders[:, :, :rank]
+    rank, at = max(1, round(2 * size * percent / 100)), slice(side * size, (side + 1) * size)
+    rest = np.eye(2 * size) - by.encoders[..., :rank].astype(np.float64) @ by.decoders[:, :, :rank]
     found = []
     for layer in range(len(measure)):
-        covariance = moments.covariance(side, layer)
+        covariance = moments.covariance(layer)
         left = rest[layer].swapaxes(1, 2) @ covariance @ rest[layer]
-        error, spread = ((part * measure[layer]).sum() for part in (left, covariance))
+        error, spread = ((part[:, at, at] * measure[layer]).sum() for part in (left, covariance))
         found.append(np.sqrt(max(error, 0.0) / max(spread, 1e-300)))
     return np.array(found)
 

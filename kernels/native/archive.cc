@@ -60,16 +60,17 @@ void Archive::calibrate_head(int layer, int kv_head, const Incoming& in, const R
   const int from = settings_.sinks < tokens ? settings_.sinks : 0;
   const Codec& codec = settings_.low.key_bits < 16 ? settings_.low : settings_.high;
   const float *keys = in.keys.data() + size_t(from) * D, *values = in.values.data() + size_t(from) * D;
-  std::shared_ptr<const Projection> of_keys, of_values;
+  std::shared_ptr<const Projection> of_keys, of_values, of_rest;
   if (settings_.basis) {
     const size_t at = size_t(layer) * layers_[layer].heads.size() + kv_head;
     if (codec.key_rank) of_keys = settings_.basis->keys[at];
     if (codec.value_rank) of_values = settings_.basis->values[at];
+    if (codec.rest_numbers(D)) of_rest = settings_.basis->rests[at];
   } else if (codec.key_rank) {
     of_keys = keep_channels(choose_channels(codec.key_rank, D, rope.half(), keys, tokens - from, in.query_energy), D);
   }
   auto statistics =
-      std::make_shared<HeadStatistics>(calibrate(codec, D, keys, values, tokens - from, of_keys, of_values));
+      std::make_shared<HeadStatistics>(calibrate(codec, D, keys, values, tokens - from, of_keys, of_values, of_rest));
   h.high = {settings_.high, statistics.get(), D};
   h.low = {settings_.low, statistics.get(), D};
   h.half = {kHalf, statistics.get(), D};

@@ -385,42 +385,76 @@ bool fit_side(const Side& side, const std::vector<float>& center, const std::vec
 
 bool known_rank(int rank) { return rank == 0 || (rank >= kLeastRank && rank <= kMaxHeadSize); }
 
-bool fit_projection(int rank, int head_size, const std::vector<float>& mean, const Projection* projection) {
-  if (!rank) return true;
-  if (rank > head_size || mean.size() != size_t(head_size) || !projection) return false;
-  for (float x : mean)
-    if (!(std::fabs(x) <= kLargestHalf)) return false;
-  return projection->fit(rank, head_size);
+// What makes coefficients of a side, or their rest, from so many numbers.
+bool fit_projection(int rank, int inputs, const Projection* projection) {
+  return !rank || (projection && projection->fit(rank, inputs));
 }
+
+bool fit_mean(int rank, int head_size, const std::vector<float>& mean) {
+  return !rank || (mean.size() == size_t(head_size) &&
+                   std::all_of(mean.begin(), mean.end(), [](float x) { return std::fabs(x) <= kLargestHalf; }));
+}
+
+bool fit_low_rank(const Codec& codec, int head_size, const HeadStatistics& s) {
+  const int inputs = codec.paired() ? 2 * head_size : head_size;
+  return std::max(codec.key_rank, codec.value_rank) <= head_size &&
+         fit_mean(codec.key_rank, head_size, s.key_mean) && fit_mean(codec.value_rank, head_size, s.value_mean) &&
+         fit_projection(codec.key_rank, inputs, s.key_projection.get()) &&
+         fit_projection(codec.value_rank, inputs, s.value_projection.get()) &&
+         fit_projection(codec.rest_numbers(head_size), inputs, s.rest_projection.get());
+}
+
+// What projections are made of: keys and values [tokens, D] side by side, or one of them, and its mean.
+struct Projected {
+  std::vector<float> pairs, mean;
+  const float *keys, *values;  // their inputs
+  Projected(const Codec& codec, const HeadStatistics& s, int head_size, const float* k, const float* v, int tokens)
+      : keys(k), values(v) {
+    if (!codec.paired()) return;
+    mean = s.key_mean;
+    mean.insert(mean.end(), s.value_mean.begin(), s.value_mean.end());
+    pairs.reserve(size_t(tokens) * 2 * head_size);
+    for (size_t t = 0; t < size_t(tokens); ++t)
+      for (const float* side : {k, v}) pairs.insert(pairs.end(), side + t * head_size, side + (t + 1) * head_size);
+    keys = values = pairs.data();
+  }
+  // A side's numbers [tokens, padded]: its channels, or coefficients in `room`.
+  const float* numbers(const Codec& codec, const HeadStatistics& s, bool of_keys, int tokens, std::vector<float>& room) {
+    const int rank = of_keys ? codec.key_rank : codec.value_rank;
+    const float* x = of_keys ? keys : values;
+    if (!rank) return x;
+    room.resize(size_t(tokens) * padded_numbers(rank));
+    project(*(of_keys ? s.key_projection : s.value_projection),
+            codec.paired() ? mean : of_keys ? s.key_mean : s.value_mean, x, tokens, padded_numbers(rank), room.data());
+    return room.data();
+  }
+};
 
 // One side's statistics: of what is stored, be it channels or coefficients.
 void calibrate_side(const Codec& codec, int head_size, bool keys, const float* x, int tokens, HeadStatistics& found) {
-  const Projection* projection = (keys ? found.key_projection : found.value_projection).get();
-  const int bits = keys ? codec.key_bits : codec.value_bits, rank = keys ? codec.key_rank : codec.value_rank;
+  const int bits = keys ? codec.key_bits : codec.value_bits;
   const int width = padded_numbers(keys ? codec.key_numbers(head_size) : codec.value_numbers(head_size));
-  std::vector<float>& mean = keys ? found.key_mean : found.value_mean;
-  std::vector<float>& center = keys ? found.key_center : found.value_center;
-  std::vector<float>& spread = keys ? found.key_spread : found.value_spread;
-  std::vector<float> coefficients;
-  if (rank) {
-    channel_statistics(x, tokens, head_size, mean, spread);
-    if (!fit_projection(rank, head_size, mean, projection))
-      throw std::invalid_argument("a codec of low rank wants the projections of its ranks");
-    coefficients.resize(size_t(tokens) * width);
-    project(*projection, mean, x, tokens, width, coefficients.data());
-    x = coefficients.data();
-  }
-  channel_statistics(x, tokens, width, center, spread);
+  channel_statistics(x, tokens, width, keys ? found.key_center : found.value_center,
+                     keys ? found.key_spread : found.value_spread);
   if (codec.nonuniform && bits <= 4)
     (keys ? found.key_levels : found.value_levels) = find_levels(side_of(codec, found, head_size, keys), x, tokens);
 }
 
-// x [16, D] as the side has it: its channels, or their coefficients in `room`.
-const float* numbers_of(int rank, const std::vector<float>& mean, const Projection* projection, const float* x,
-                        float* room) {
-  if (!rank) return x;
-  project(*projection, mean, x, kBlockTokens, padded_numbers(rank), room);
-  return room;
+// The mean of what no token has coefficients of.
+void encode_rest(const HeadStatistics& s, const std::vector<float>& mean, const float* pairs, uint8_t* to) {
+  const int count = s.rest_projection->rank;
+  std::vector<float> rest(count);
+  project_mean(*s.rest_projection, mean, pairs, kBlockTokens, rest.data());
+  float largest = 0;
+  for (float x : rest) largest = std::max(largest, std::fabs(x));
+  const uint16_t scale = to_half(largest / 7.5f);
+  const float inverse = inverse_of(from_half(scale));
+  put_half(to, scale);
+  std::memset(to + 2, 0, size_t(count + 1) / 2);
+  for (int i = 0; i < count; ++i) {
+    const int code = int(std::min(std::max(rest[i] * inverse + 8.0f, 0.0f), 15.5f));
+    to[2 + i / 2] |= uint8_t(code << i % 2 * 4);
+  }
 }
 
 }  // namespace
@@ -433,23 +467,30 @@ bool Codec::known() const {
 
 bool HeadStatistics::fit(const Codec& codec, int head_size) const {
   if (!codec.known() || !block_head_size(head_size)) return false;
-  return fit_projection(codec.key_rank, head_size, key_mean, key_projection.get()) &&
-         fit_projection(codec.value_rank, head_size, value_mean, value_projection.get()) &&
+  return fit_low_rank(codec, head_size, *this) &&
          fit_side(side_of(codec, *this, head_size, true), key_center, key_spread, key_levels, codec.nonuniform) &&
          fit_side(side_of(codec, *this, head_size, false), value_center, value_spread, value_levels, codec.nonuniform);
 }
 
 HeadStatistics calibrate(const Codec& codec, int head_size, const float* keys, const float* values, int tokens,
                          std::shared_ptr<const Projection> key_projection,
-                         std::shared_ptr<const Projection> value_projection) {
+                         std::shared_ptr<const Projection> value_projection,
+                         std::shared_ptr<const Projection> rest_projection) {
   if (!codec.known() || !block_head_size(head_size))
     throw std::invalid_argument("no such codec, or a head size that is not a multiple of 16 up to 256");
   if (tokens < kLeastSample) throw std::invalid_argument("a codec is calibrated from 16 tokens or more");
   HeadStatistics found;
   found.key_projection = std::move(key_projection);
   found.value_projection = std::move(value_projection);
-  calibrate_side(codec, head_size, true, keys, tokens, found);
-  calibrate_side(codec, head_size, false, values, tokens, found);
+  found.rest_projection = std::move(rest_projection);
+  std::vector<float> spread, room;
+  if (codec.key_rank) channel_statistics(keys, tokens, head_size, found.key_mean, spread);
+  if (codec.value_rank) channel_statistics(values, tokens, head_size, found.value_mean, spread);
+  if (!fit_low_rank(codec, head_size, found))
+    throw std::invalid_argument("a codec of low rank wants the projections of its ranks");
+  Projected given(codec, found, head_size, keys, values, tokens);
+  for (bool of_keys : {true, false})
+    calibrate_side(codec, head_size, of_keys, given.numbers(codec, found, of_keys, tokens, room), tokens, found);
   return found;
 }
 
@@ -458,13 +499,13 @@ size_t block_bytes(const Codec& codec, int head_size) { return (block_layout(cod
 void encode_block(const Codec& codec, const HeadStatistics& statistics, int head_size, const float* keys,
                   const float* values, uint8_t* block) {
   const BlockLayout at = block_layout(codec, head_size);
-  float room[kBlockTokens * kMaxHeadSize];
-  keys = numbers_of(codec.key_rank, statistics.key_mean, statistics.key_projection.get(), keys, room);
-  encode_side(side_of(codec, statistics, head_size, true), keys, block + at.key_scales, block + at.key_outliers,
-              block + at.keys);
-  values = numbers_of(codec.value_rank, statistics.value_mean, statistics.value_projection.get(), values, room);
-  encode_side(side_of(codec, statistics, head_size, false), values, block + at.value_scales,
-              block + at.value_outliers, block + at.values);
+  Projected given(codec, statistics, head_size, keys, values, kBlockTokens);
+  std::vector<float> room;
+  encode_side(side_of(codec, statistics, head_size, true), given.numbers(codec, statistics, true, kBlockTokens, room),
+              block + at.key_scales, block + at.key_outliers, block + at.keys);
+  encode_side(side_of(codec, statistics, head_size, false), given.numbers(codec, statistics, false, kBlockTokens, room),
+              block + at.value_scales, block + at.value_outliers, block + at.values);
+  if (codec.rest_numbers(head_size)) encode_rest(statistics, given.mean, given.keys, block + at.rest);
   std::memset(block + at.end, 0, block_bytes(codec, head_size) - at.end);
 }
 

@@ -11,7 +11,8 @@
 //   restored[t][d] = center[d] + spread[d] * (offset[d] + scale[d] * level(code[t][d]))
 //
 // With a rank (lowrank.h) keys, or values, are R coefficients instead of D channels: everything below is then about these,
-// R in the place of D, and values lie as keys do, coefficient after coefficient.
+// R in the place of D, and values lie as keys do, coefficient after coefficient. With ranks for both, a and b, these are
+// coefficients of pairs: the keys' side has the first a of 2D, the values' side the next b.
 //
 // A block, byte by byte (little-endian, nothing aligned but its beginning; D is the head size, a multiple of 16):
 //
@@ -21,6 +22,8 @@
 //   value outliers 4 bytes each: u16 index, IEEE half          if value_bits < 16
 //   keys           D runs of 16 codes: channel after channel, each with its 16 tokens
 //   values         D runs of 16 codes: token after token, each with D / 16 runs
+//   rest           of pairs, if a + b < 2D: IEEE half, the scale, then 4 bits for each of the other 2D - a - b coefficients, low
+//                  half of a byte first: its mean over the 16 tokens, scale * (code - 7.5)
 //   zeros          up to the next multiple of 16 bytes
 //
 // A run of 16 codes:
@@ -59,6 +62,9 @@ struct Codec {
 
   bool known() const;
   bool low_rank() const { return key_rank || value_rank; }
+  bool paired() const { return key_rank && value_rank; }
+  // Coefficients of a pair that a block has the mean of.
+  int rest_numbers(int head_size) const { return paired() ? 2 * head_size - key_rank - value_rank : 0; }
   // Numbers that a block has of each key and value.
   int key_numbers(int head_size) const { return key_rank ? key_rank : head_size; }
   int value_numbers(int head_size) const { return value_rank ? value_rank : head_size; }
@@ -77,6 +83,7 @@ struct HeadStatistics {
   std::vector<float> key_levels, value_levels;                            // [2^bits], ascending; empty: even levels
   std::vector<float> key_mean, value_mean;                                // [D] with a rank: what projections begin at
   std::shared_ptr<const Projection> key_projection, value_projection;     // with a rank
+  std::shared_ptr<const Projection> rest_projection;                      // of pairs, if they have a rest
   bool empty() const { return key_center.empty(); }
   // Whether blocks of this codec and head size can be read and written with them: sizes, finite numbers, spreads > 0,
   // ascending levels. For statistics that come from a file.
@@ -90,7 +97,8 @@ inline bool block_head_size(int head_size) { return head_size > 0 && head_size <
 // Throws std::invalid_argument for less than kLeastSample tokens, or projections that are not of the codec's ranks.
 HeadStatistics calibrate(const Codec&, int head_size, const float* keys, const float* values, int tokens,
                          std::shared_ptr<const Projection> key_projection = nullptr,
-                         std::shared_ptr<const Projection> value_projection = nullptr);
+                         std::shared_ptr<const Projection> value_projection = nullptr,
+                         std::shared_ptr<const Projection> rest_projection = nullptr);
 
 size_t block_bytes(const Codec&, int head_size);  // a multiple of 16
 
@@ -108,7 +116,7 @@ struct BlockFormat {
 
 // Where the parts of a block begin.
 struct BlockLayout {
-  size_t key_scales, value_scales, key_outliers, value_outliers, keys, values, end;
+  size_t key_scales, value_scales, key_outliers, value_outliers, keys, values, rest, end;
 };
 inline size_t run_bytes(int bits) { return size_t(bits) * 2; }
 inline BlockLayout block_layout(const Codec& codec, int head_size) {
@@ -120,7 +128,9 @@ inline BlockLayout block_layout(const Codec& codec, int head_size) {
   at.value_outliers = at.key_outliers + key_small * outliers;
   at.keys = at.value_outliers + value_small * outliers;
   at.values = at.keys + keys * run_bytes(codec.key_bits);
-  at.end = at.values + values * run_bytes(codec.value_bits);
+  at.rest = at.values + values * run_bytes(codec.value_bits);
+  const size_t rest = size_t(codec.rest_numbers(head_size));
+  at.end = at.rest + (rest ? 2 + (rest + 1) / 2 : 0);
   return at;
 }
 

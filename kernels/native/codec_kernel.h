@@ -262,32 +262,70 @@ inline void add_products(const float* left, int rows, const float* right, int co
     }
 }
 
+// Adds a pair's coefficients [rank][16] to its keys [D][16] and values [16][D].
+inline void add_pairs(const Projection& by, int head_size, const float* coefficients, float* keys, float* values) {
+  add_products(by.decoder.data(), head_size, coefficients, kTile, by.rank, keys);
+  add_products(coefficients, kTile, by.decoder.data() + size_t(by.rank) * head_size, head_size, by.rank, values);
+}
+
+// What coefficients are added to [D], for keys or for values: the mean, and a block's rest.
+inline void decode_base(const std::vector<float>& mean, const Projection* by, bool keys, const uint8_t* rest, float* base) {
+  const int D = int(mean.size()), count = by ? by->rank : 0;
+  std::memcpy(base, mean.data(), D * sizeof(float));
+  if (!count) return;
+  float scales[kTile] = {};
+  uint8_t halves[2 * kTile] = {};
+  std::memcpy(halves, rest, 2);
+  read_scales(halves, scales);
+  for (int i = 0; i < count; ++i) {
+    const float x = scales[0] * (float(rest[2 + i / 2] >> i % 2 * 4 & 15) - 7.5f);
+    const float* row = by->decoder.data() + (size_t(keys ? 0 : count) + i) * D;
+    for (int d = 0; d < D; d += kLanes) store(base + d, load(base + d) + load(row + d) * x);
+  }
+}
+
 void decode_block(const BlockFormat& format, const uint8_t* block, float* keys, float* values) {
   const Codec& codec = format.codec;
   const int D = format.head_size;
   const BlockLayout at = block_layout(codec, D);
   const HeadStatistics& s = *format.statistics;
-  float coefficients[256 * kBlockTokens];
+  float coefficients[256 * kBlockTokens], base[256];
   const auto stored_keys = [&](float* out) {
     decode_stored<true>(codec, codec.key_bits, codec.key_numbers(D), block + at.keys, block + at.key_scales,
                         block + at.key_outliers, s.key_center, s.key_spread, s.key_levels, out);
   };
+  const auto stored_values = [&](float* out) {
+    decode_stored<true>(codec, codec.value_bits, codec.value_rank, block + at.values, block + at.value_scales,
+                        block + at.value_outliers, s.value_center, s.value_spread, s.value_levels, out);
+  };
+  const Projection* rest = codec.rest_numbers(D) ? s.rest_projection.get() : nullptr;
   if (codec.key_rank) {
-    stored_keys(coefficients);
+    decode_base(s.key_mean, rest, true, block + at.rest, base);
     for (int d = 0; d < D; ++d)
-      for (int t = 0; t < kTile; t += kLanes) store(keys + d * kTile + t, splat(s.key_mean[d]));
-    add_products(s.key_projection->decoder.data(), D, coefficients, kTile, codec.key_rank, keys);
+      for (int t = 0; t < kTile; t += kLanes) store(keys + d * kTile + t, splat(base[d]));
   } else {
     stored_keys(keys);
   }
   if (codec.value_rank) {
-    decode_stored<true>(codec, codec.value_bits, codec.value_rank, block + at.values, block + at.value_scales,
-                        block + at.value_outliers, s.value_center, s.value_spread, s.value_levels, coefficients);
-    for (int t = 0; t < kBlockTokens; ++t) std::memcpy(values + t * D, s.value_mean.data(), D * sizeof(float));
-    add_products(coefficients, kBlockTokens, s.value_projection->decoder.data(), D, codec.value_rank, values);
+    decode_base(s.value_mean, rest, false, block + at.rest, base);
+    for (int t = 0; t < kBlockTokens; ++t) std::memcpy(values + t * D, base, D * sizeof(float));
   } else {
     decode_stored<false>(codec, codec.value_bits, D, block + at.values, block + at.value_scales,
                          block + at.value_outliers, s.value_center, s.value_spread, s.value_levels, values);
+  }
+  if (codec.key_rank) {
+    stored_keys(coefficients);
+    if (codec.paired())
+      add_pairs(*s.key_projection, D, coefficients, keys, values);
+    else
+      add_products(s.key_projection->decoder.data(), D, coefficients, kTile, codec.key_rank, keys);
+  }
+  if (codec.value_rank) {
+    stored_values(coefficients);
+    if (codec.paired())
+      add_pairs(*s.value_projection, D, coefficients, keys, values);
+    else
+      add_products(coefficients, kBlockTokens, s.value_projection->decoder.data(), D, codec.value_rank, values);
   }
 }
 

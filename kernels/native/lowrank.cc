@@ -8,8 +8,8 @@
 
 namespace satchel {
 
-bool Projection::fit(int wanted_rank, int head_size) const {
-  const size_t size = size_t(wanted_rank) * head_size;
+bool Projection::fit(int wanted_rank, int inputs) const {
+  const size_t size = size_t(wanted_rank) * inputs;
   const auto sound = [](float x) { return std::fabs(x) <= kLargestHalf; };
   return rank == wanted_rank && encoder.size() == size && decoder.size() == size &&
          std::all_of(encoder.begin(), encoder.end(), sound) && std::all_of(decoder.begin(), decoder.end(), sound);
@@ -51,20 +51,42 @@ std::vector<int32_t> choose_channels(int rank, int head_size, int half, const fl
   return channels;
 }
 
-void project(const Projection& by, const std::vector<float>& mean, const float* x, int tokens, int width, float* out) {
-  const size_t D = mean.size(), rank = size_t(by.rank);
-  std::vector<double> sums(rank);  // in double: rounded to float they are the same, bit for bit, on every CPU
-  for (int t = 0; t < tokens; ++t, x += D, out += width) {
-    std::fill(sums.begin(), sums.end(), 0.0);
-    for (size_t d = 0; d < D; ++d) {
-      if (x[d] != x[d]) continue;
-      const double rest = double(std::min(std::max(x[d], -kLargestHalf), kLargestHalf)) - mean[d];
-      const float* factors = by.encoder.data() + d * rank;
-      for (size_t i = 0; i < rank; ++i) sums[i] += factors[i] * rest;
-    }
-    std::fill_n(out, width, 0.0f);
-    for (size_t i = 0; i < rank; ++i) out[i] = float(sums[i]);
+namespace {
+
+// What is projected of x: its distance from the mean.
+void add_distance(const std::vector<float>& mean, const float* x, std::vector<double>& distance) {
+  for (size_t d = 0; d < mean.size(); ++d)
+    if (x[d] == x[d]) distance[d] += double(std::min(std::max(x[d], -kLargestHalf), kLargestHalf)) - mean[d];
+}
+
+// In double: rounded to float the sums are the same, bit for bit, on every CPU.
+void multiply(const Projection& by, const std::vector<double>& distance, std::vector<double>& sums, float* out) {
+  const size_t rank = size_t(by.rank);
+  sums.assign(rank, 0.0);
+  for (size_t d = 0; d < distance.size(); ++d) {
+    const float* factors = by.encoder.data() + d * rank;
+    for (size_t i = 0; i < rank; ++i) sums[i] += factors[i] * distance[d];
   }
+  for (size_t i = 0; i < rank; ++i) out[i] = float(sums[i]);
+}
+
+}  // namespace
+
+void project(const Projection& by, const std::vector<float>& mean, const float* x, int tokens, int width, float* out) {
+  std::vector<double> distance, sums;
+  for (int t = 0; t < tokens; ++t, x += mean.size(), out += width) {
+    distance.assign(mean.size(), 0.0);
+    add_distance(mean, x, distance);
+    std::fill_n(out, width, 0.0f);
+    multiply(by, distance, sums, out);
+  }
+}
+
+void project_mean(const Projection& by, const std::vector<float>& mean, const float* x, int tokens, float* out) {
+  std::vector<double> distance(mean.size()), sums;
+  for (int t = 0; t < tokens; ++t, x += mean.size()) add_distance(mean, x, distance);
+  for (double& one : distance) one /= tokens;
+  multiply(by, distance, sums, out);
 }
 
 }  // namespace satchel

@@ -1,7 +1,9 @@
 // The Python face of the codecs: whole arrays of blocks, for calibration, tests and benchmarks.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -43,48 +45,66 @@ void expect_ranks(const Codec& codec, int head_size) {
   expect(codec.key_rank <= head_size && codec.value_rank <= head_size, "a rank is at most the head size");
 }
 
-// encoders [..., D, rank] and decoders [..., rank, D] of `count` heads; none where the rank is 0
+// encoders [..., inputs, rank] and decoders [..., rank, inputs] of `count` heads; none where the rank is 0
 std::vector<std::shared_ptr<const Projection>> make_projections(const Array<float>& encoders, const Array<float>& decoders,
-                                                                py::ssize_t count, int head_size) {
+                                                                py::ssize_t count, int inputs, int head_size) {
   const auto n = encoders.ndim();
-  expect(n >= 2 && decoders.ndim() == n && encoders.shape(n - 2) == head_size && decoders.shape(n - 1) == head_size &&
-             encoders.shape(n - 1) == decoders.shape(n - 2) && encoders.shape(n - 1) <= head_size &&
-             encoders.size() == count * head_size * encoders.shape(n - 1) && decoders.size() == encoders.size(),
-         "encoders must be [..., head_size, rank] and decoders [..., rank, head_size], one for each head");
+  expect(n >= 2 && decoders.ndim() == n && encoders.shape(n - 2) == inputs && decoders.shape(n - 1) == inputs &&
+             encoders.shape(n - 1) == decoders.shape(n - 2) && encoders.shape(n - 1) <= inputs &&
+             encoders.size() == count * inputs * encoders.shape(n - 1) && decoders.size() == encoders.size(),
+         "encoders must be [..., head_size, rank] and decoders [..., rank, head_size], one for each head; of both keys "
+         "and values twice the head size");
   const int rank = int(encoders.shape(n - 1));
-  const size_t size = size_t(head_size) * rank;
+  const size_t size = size_t(inputs) * rank;
   std::vector<std::shared_ptr<const Projection>> found;
   for (py::ssize_t i = 0; rank && i < count; ++i) {
     auto one = std::make_shared<Projection>();
     one->rank = rank;
     one->encoder.assign(encoders.data() + i * size, encoders.data() + (i + 1) * size);
-    one->decoder.assign(decoders.data() + i * size, decoders.data() + (i + 1) * size);
-    expect(rank >= kLeastRank && one->fit(rank, head_size), "a projection has too low a rank, or numbers that are not finite");
+    const float* rows = decoders.data() + i * size;
+    for (int side = 0; side < inputs; side += head_size)
+      for (int r = 0; r < rank; ++r)
+        one->decoder.insert(one->decoder.end(), rows + size_t(r) * inputs + side, rows + size_t(r) * inputs + side + head_size);
+    expect(one->fit(rank, inputs), "a projection has numbers that are not finite");
     found.push_back(std::move(one));
   }
   return found;
 }
 
 std::shared_ptr<LowRankBasis> basis_from(const Array<float>& key_encoders, const Array<float>& key_decoders,
-                                         const Array<float>& value_encoders, const Array<float>& value_decoders) {
+                                         const Array<float>& value_encoders, const Array<float>& value_decoders,
+                                         const std::optional<Array<float>>& rest_encoders,
+                                         const std::optional<Array<float>>& rest_decoders) {
   expect(key_encoders.ndim() == 4 && value_encoders.ndim() == 4, "a basis is [layers, kv_heads, head_size, rank]");
   auto basis = std::make_shared<LowRankBasis>();
   basis->layers = int(key_encoders.shape(0));
   basis->kv_heads = int(key_encoders.shape(1));
-  basis->head_size = checked_head_size(key_encoders.shape(2));
   basis->key_rank = int(key_encoders.shape(3));
   basis->value_rank = int(value_encoders.shape(3));
+  const bool paired = basis->key_rank && basis->value_rank;
+  expect(!paired || key_encoders.shape(2) % 2 == 0, "a basis of pairs is [layers, kv_heads, 2 * head_size, rank]");
+  basis->head_size = checked_head_size(key_encoders.shape(2) / (paired ? 2 : 1));
+  const int inputs = (paired ? 2 : 1) * basis->head_size;
+  for (int rank : {basis->key_rank, basis->value_rank})
+    expect(!rank || (rank >= kLeastRank && rank <= basis->head_size), "a rank is 4 or more, and at most the head size");
   const py::ssize_t count = key_encoders.shape(0) * key_encoders.shape(1);
-  basis->keys = make_projections(key_encoders, key_decoders, count, basis->head_size);
-  basis->values = make_projections(value_encoders, value_decoders, count, basis->head_size);
+  basis->keys = make_projections(key_encoders, key_decoders, count, inputs, basis->head_size);
+  basis->values = make_projections(value_encoders, value_decoders, count, inputs, basis->head_size);
+  if (rest_encoders && rest_decoders)
+    basis->rests = make_projections(*rest_encoders, *rest_decoders, count, inputs, basis->head_size);
+  const int rest = basis->rests.empty() ? 0 : basis->rests[0]->rank;
+  expect(rest == (paired ? inputs - basis->key_rank - basis->value_rank : 0),
+         "the rest of a basis of pairs is all other coefficients; one side alone has none");
   return basis;
 }
 
-std::shared_ptr<const Projection> of_head(const std::shared_ptr<LowRankBasis>& basis, bool keys, int layer, int kv_head) {
+// Of keys, of values or of the rest.
+using OfBasis = std::vector<std::shared_ptr<const Projection>> LowRankBasis::*;
+std::shared_ptr<const Projection> of_head(const std::shared_ptr<LowRankBasis>& basis, OfBasis part, int layer, int kv_head) {
   if (!basis) return nullptr;
   expect(layer >= 0 && layer < basis->layers && kv_head >= 0 && kv_head < basis->kv_heads, "the basis has no such head");
-  const auto& side = keys ? basis->keys : basis->values;
-  return side.empty() ? nullptr : side[size_t(layer) * basis->kv_heads + kv_head];
+  const auto& heads = (*basis).*part;
+  return heads.empty() ? nullptr : heads[size_t(layer) * basis->kv_heads + kv_head];
 }
 
 // keys and values [T, D] alike; returns T
@@ -169,7 +189,10 @@ void bind_codecs(py::module_& m) {
 
   py::class_<LowRankBasis, std::shared_ptr<LowRankBasis>>(m, "LowRankBasis")
       .def(py::init(&basis_from), py::kw_only(), py::arg("key_encoders"), py::arg("key_decoders"),
-           py::arg("value_encoders"), py::arg("value_decoders"))
+           py::arg("value_encoders"), py::arg("value_decoders"), py::arg("rest_encoders") = py::none(),
+           py::arg("rest_decoders") = py::none(),
+           "Of pairs: encoders [layers, kv_heads, 2 * head_size, rank] and decoders [..., rank, 2 * head_size], where the "
+           "rest is all other coefficients. Or with a rank of 0 on one side: of the other side alone, head_size wide.")
       .def_readonly("key_rank", &LowRankBasis::key_rank)
       .def_readonly("value_rank", &LowRankBasis::value_rank);
 
@@ -198,9 +221,10 @@ void bind_codecs(py::module_& m) {
                         const std::shared_ptr<LowRankBasis>& basis, int layer, int kv_head) {
     const int tokens = checked_pairs(keys, values), D = int(keys.shape(1));
     const float *k = keys.data(), *v = values.data();
-    auto key_projection = of_head(basis, true, layer, kv_head), value_projection = of_head(basis, false, layer, kv_head);
+    const auto part = [&](OfBasis of) { return of_head(basis, of, layer, kv_head); };
+    auto of_keys = part(&LowRankBasis::keys), of_values = part(&LowRankBasis::values), rest = part(&LowRankBasis::rests);
     py::gil_scoped_release release;
-    return calibrate(codec, D, k, v, tokens, std::move(key_projection), std::move(value_projection));
+    return calibrate(codec, D, k, v, tokens, std::move(of_keys), std::move(of_values), std::move(rest));
   }, py::arg("codec"), py::arg("keys"), py::arg("values"), py::arg("basis") = nullptr, py::arg("layer") = 0,
      py::arg("kv_head") = 0,
      "Statistics of one KV head from keys (before RoPE) and values [T, D] of a sample, T >= 16; with ranks, of the "

@@ -18,7 +18,7 @@ namespace {
 constexpr uint32_t kVersion = 2;           // 2: codes of four bits in digests of channels
 constexpr uint32_t kRaggedVersion = 3;     // the heads of the layer hold different numbers of tokens; no archive
 constexpr uint32_t kLowRankArchive = 2;    // in the place of the 1 that says that there is an archive
-constexpr uint32_t kProjected = 1, kPruned = 2;  // how: by the settings' basis, or to channels that the blob has
+constexpr uint32_t kPruned = 2, kProjected = 3;  // how: to channels that the blob has, or pairs by the settings' basis
 constexpr uint32_t kRetentionVersions = 2;  // more than these two, in caches with retention scores
 constexpr uint32_t kStreamingVersion = 6;  // some heads of the layer stream; 7 with retention scores
 
@@ -458,6 +458,7 @@ void CacheState::read_sides(size_t head, HeadStatistics& s, Reader& r) const {
     s.key_projection = settings.basis ? settings.basis->keys[head]
                                       : keep_channels(r.ascending(codec.key_rank, 0, D, "channels"), D);
   if (codec.value_rank) s.value_projection = settings.basis->values[head];
+  if (codec.rest_numbers(D)) s.rest_projection = settings.basis->rests[head];
 }
 
 void CacheState::read_statistics(Archive::Head& h, size_t head, Reader& r) {

@@ -44,12 +44,14 @@ def test_every_codec_takes_every_rank(name: str, head_size: int, percent: int) -
 
 
 def test_bytes_at_64_channels() -> None:
-    """Two scales of a half a token; 32 (13) numbers of a key and of a value; a block is rounded up to 16 bytes."""
-    assert bytes_per_token(find_codec("f16"), 64, LowRank(CSKV, 50)) == 128
-    assert bytes_per_token(find_codec("q4"), 64, LowRank(CSKV, 50)) == 4 + 32
-    assert bytes_per_token(find_codec("q4"), 64, LowRank(CSKV, 20)) == 4 + 13
+    """Two scales of a half a token; 64 (26) numbers of a pair; for a block a half and 4 bits for each of the others; a
+    block is rounded up to 16 bytes."""
+    assert bytes_per_token(find_codec("f16"), 64, LowRank(CSKV, 50)) == 128 + 3
+    assert bytes_per_token(find_codec("q8"), 64, LowRank(CSKV, 50)) == 4 + 64 + 3
+    assert bytes_per_token(find_codec("q4"), 64, LowRank(CSKV, 50)) == 4 + 32 + 3
+    assert bytes_per_token(find_codec("q4"), 64, LowRank(CSKV, 20)) == 4 + 13 + 4
     assert bytes_per_token(find_codec("q4"), 64, LowRank(THINK, 50)) == 4 + 16 + 32
-    assert bytes_per_token(find_codec("f16"), 64, LowRank(CSKV, 20)) == 4 * 13
+    assert bytes_per_token(find_codec("f16"), 64, LowRank(CSKV, 20)) == 2 * 26 + 4
 
 
 def test_settings() -> None:

@@ -17,7 +17,7 @@ from tiny_models import write_tiny_gguf
 
 torch = pytest.importorskip("torch", reason="needs the extra 'calibrate'")
 from satchel.export.calibration import cskv  # noqa: E402
-from satchel.export.calibration.cskv import best_projection, calibrate_cskv, turned  # noqa: E402
+from satchel.export.calibration.cskv import best_projection, calibrate_cskv, pair_measure, turned  # noqa: E402
 from satchel.export.calibration.decoder import Decoder  # noqa: E402
 from satchel.export.calibration.text import Order, Text  # noqa: E402
 
@@ -84,7 +84,33 @@ def test_linear_factors_of_what_the_layer_reads_are_no_better() -> None:
 def test_all_coefficients_give_everything_back() -> None:
     encoder, decoder = best_projection(products(16), products(16))
     np.testing.assert_allclose(encoder @ decoder, np.eye(16), atol=1e-9)
-    np.testing.assert_allclose(np.linalg.norm(decoder, axis=1), 1)
+
+
+def test_coefficients_are_worth_as_much_as_each_other() -> None:
+    """An error of one costs its square, whichever it is: their quantizers need not know."""
+    covariance, measure = products(16), products(16)
+    _, decoder = best_projection(covariance, measure)
+    np.testing.assert_allclose(decoder @ measure @ decoder.T, np.eye(16), atol=1e-8)
+
+
+def test_keys_and_values_together_tell_more_than_apart() -> None:
+    """Of what is made from the same few inputs; and either counts by its own spread, whatever its unit."""
+    inputs = RNG.normal(size=(500, 6))
+    pairs = inputs @ RNG.normal(size=(6, 16)) + 0.01 * RNG.normal(size=(500, 16))
+    pairs[:, :8] *= 1000
+    covariance, measures = np.cov(pairs.T), (products(8), products(8))
+    measure = pair_measure(covariance, *measures)
+    both = best_projection(covariance, measure)
+    apart = np.zeros((16, 16)), np.zeros((16, 16))
+    for at in (slice(0, 8), slice(8, 16)):
+        for found, one in zip(apart, best_projection(covariance[at, at], measure[at, at]), strict=True):
+            found[at, at] = one
+    order = [0, 8, 1, 9, 2, 10]  # three coefficients of either
+    apart = apart[0][:, order], apart[1][order]
+    assert cost(*both, 6, covariance, measure) < 0.01 * cost(*apart, 6, covariance, measure)
+    assert cost(*both, 0, covariance, measure) == pytest.approx(cskv.KEY_WEIGHT + 1)
+    still = pair_measure(np.zeros((16, 16)), *measures)
+    assert np.isfinite(best_projection(np.zeros((16, 16)), still)[0]).all()
 
 
 @pytest.mark.parametrize("dead", ["measure", "covariance", "one direction"])
@@ -141,7 +167,7 @@ def test_a_run_writes_projections_and_figures(architecture: str, tmp_path: Path)
 
 
 def test_moments_are_those_of_the_activations(package: Package) -> None:
-    """Against all tokens at once: window by window, each without its first tokens."""
+    """Against all tokens at once: window by window, each without its first tokens; of pairs, block by block."""
     spec = package.spec
     window = cskv.cut_windows(TEXT, ORDER)[0]
     seen: list[Any] = []
@@ -159,11 +185,11 @@ def test_moments_are_those_of_the_activations(package: Package) -> None:
     rows = slice(3 + cskv.FIRST_TOKENS, 43)
     for layer, found in enumerate(seen):
         for head in range(spec.kv_heads):
-            for side in ("keys", "values"):
-                x = getattr(found, side)[rows, head].double().numpy()
-                np.testing.assert_allclose(
-                    moments.covariance(side, layer)[head], np.cov(x.T, bias=True), rtol=1e-6, atol=1e-9
-                )
+            block = slice(rows.start, rows.start + 16)  # the only whole one
+            x = np.hstack([part[block, head].double().numpy() for part in (found.keys, found.values)])
+            np.testing.assert_allclose(
+                moments.covariance(layer)[head], np.cov(x.T, bias=True), rtol=1e-6, atol=1e-9
+            )
             group = spec.heads // spec.kv_heads
             mine = found.queries[rows, head * group : (head + 1) * group].double().numpy()
             queries = mine.reshape(-1, spec.head_size)
@@ -213,8 +239,7 @@ def test_a_short_text_is_refused(package: Package) -> None:
 
 def test_numbers_that_no_sum_can_hold_are_refused(package: Package) -> None:
     spec = package.spec
-    huge = np.full((spec.layers, spec.kv_heads, spec.head_size, spec.head_size), 1e30, np.float32)
-    one = lowrank.Projections(huge, huge)
-    lowrank.write_lowrank(package, "cskv", one, one, {})
+    huge = np.full((spec.layers, spec.kv_heads, 2 * spec.head_size, 2 * spec.head_size), 1e30, np.float32)
+    lowrank.write_lowrank(package, "cskv", lowrank.Projections(huge, huge), {})
     with pytest.raises(ModelError, match="calibration for cskv in .* cannot be used .*; repeat it: satchel calibrate"):
         lowrank.open_lowrank(package, "cskv", range(spec.layers), (4, 4))

@@ -26,8 +26,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "uneven 2, outliers": {"key_bits": 2, "value_bits": 2, "nonuniform": True, "outliers": 5},
     "keys 16, values 4": {"key_bits": 16, "value_bits": 4},
 }
-# head size, key rank, value rank: one vector and several, whole tiles and remainders, one side only
-SHAPES = [(16, 4, 4), (16, 16, 7), (64, 32, 32), (64, 13, 13), (64, 0, 31), (80, 17, 0), (128, 64, 33), (256, 129, 256)]
+# head size, key rank, value rank: one vector and several, whole tiles and remainders, no rest, one side only
+SHAPES = [
+    (16, 4, 4), (16, 16, 7), (16, 16, 16), (64, 32, 32), (64, 13, 13), (64, 0, 31), (80, 17, 0), (128, 64, 33),
+    (256, 129, 256),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -38,11 +41,23 @@ def every_variant() -> Iterator[Sequence[str]]:
     kernels.select_variant(before)
 
 
-def projections(rng: np.random.Generator, heads: int, head_size: int, rank: int) -> tuple[Array, Array]:
-    """Encoders [1, heads, D, R], and decoders [1, heads, R, D] that are not their transposes."""
-    rows = np.stack([np.linalg.qr(rng.normal(size=(head_size, head_size)))[0][:rank] for _ in range(heads)])
-    scale = rng.uniform(0.5, 2, (heads, 1, head_size))
+def projections(rng: np.random.Generator, heads: int, inputs: int) -> tuple[Array, Array]:
+    """Encoders [1, heads, N, N] of all coefficients, and decoders that are not their transposes."""
+    rows = np.stack([np.linalg.qr(rng.normal(size=(inputs, inputs)))[0] for _ in range(heads)])
+    scale = rng.uniform(0.5, 2, (heads, 1, inputs))
     return (rows * scale).swapaxes(1, 2)[None].astype(np.float32), (rows / scale)[None].astype(np.float32)
+
+
+def cut(encoders: Array, decoders: Array, ranks: Sequence[int]) -> dict[str, Array]:
+    """As `kernels.LowRankBasis` takes them: of pairs, or of the side that has a rank."""
+    borders = [ranks[0], sum(ranks)]
+    parts = zip(np.split(encoders, borders, axis=-1), np.split(decoders, borders, axis=-2), strict=True)
+    names = ("key", "value", "rest") if all(ranks) else ("key", "value")
+    return {
+        f"{name}_{kind}": np.ascontiguousarray(x)
+        for name, both in zip(names, parts, strict=False)
+        for kind, x in zip(("encoders", "decoders"), both, strict=True)
+    }
 
 
 def pairs(head_size: int, tokens: int, seed: int = 0) -> tuple[Array, Array]:
@@ -64,6 +79,7 @@ class Case:
     values: Array
     statistics: kernels.HeadStatistics
     low: tuple[LowRank | None, LowRank | None]
+    rest: LowRank | None
 
     @property
     def head_size(self) -> int:
@@ -90,11 +106,11 @@ class Case:
         rows = [slice(t, t + BLOCK) for t in range(0, len(self.keys), BLOCK)]
         with np.errstate(over="ignore"):
             return np.stack([
-                reference_codecs.encode_block(*self.sides(), self.keys[at], self.values[at]) for at in rows
+                reference_codecs.encode_block(*self.sides(), self.keys[at], self.values[at], self.rest) for at in rows
             ])  # fmt: skip
 
     def twin_pairs(self, blocks: Array) -> tuple[Array, Array]:
-        parts = [reference_codecs.decode_block(*self.sides(), self.head_size, block) for block in blocks]
+        parts = [reference_codecs.decode_block(*self.sides(), self.head_size, block, self.rest) for block in blocks]
         return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
 
 
@@ -108,33 +124,42 @@ def make_case(
     head_size, *ranks = shape
     rng = np.random.default_rng(7)
     codec = NativeCodec(**FORMS[form], key_rank=ranks[0], value_rank=ranks[1])
-    parts = [projections(rng, 2, head_size, rank) for rank in ranks]
-    basis = kernels.LowRankBasis(
-        key_encoders=parts[0][0], key_decoders=parts[0][1], value_encoders=parts[1][0], value_decoders=parts[1][1]
-    )
+    parts = cut(*projections(rng, 2, head_size * (2 if all(ranks) else 1)), ranks)
+    basis = kernels.LowRankBasis(**parts)
     assert (basis.key_rank, basis.value_rank) == tuple(ranks)
     statistics = kernels.calibrate(codec, *pairs(head_size, 256, seed=1), basis, 0, 1)
     keys, values = pairs(head_size, tokens)
     if change is not None:
         change(keys)
         change(values)
-    means = statistics.key_mean, statistics.value_mean
-    low = [
-        LowRank(mean, encoder[0, 1], decoder[0, 1]) if rank else None
-        for rank, mean, (encoder, decoder) in zip(ranks, means, parts, strict=True)
-    ]
-    return Case(codec, keys, values, statistics, (low[0], low[1]))
+    mean = np.concatenate([statistics.key_mean, statistics.value_mean])  # a side without a rank has none
+    low = {
+        name: LowRank(mean, parts[name + "_encoders"][0, 1], parts[name + "_decoders"][0, 1])
+        for name in ("key", "value", "rest")
+        if parts.get(name + "_encoders", np.zeros(0)).size
+    }
+    return Case(codec, keys, values, statistics, (low.get("key"), low.get("value")), low.get("rest"))
 
 
 def check_pairs(case: Case, blocks: Array) -> None:
     """Coefficients as the codec gives them (a few roundings of float32, see test_codecs), then a sum of R products onto
     the mean: R + 1 roundings, each of at most the sum of the parts' sizes."""
-    for got, twin, side in zip(case.decode(blocks), case.twin_pairs(blocks), case.sides(), strict=True):
+    twins, sides = case.twin_pairs(blocks), case.sides()
+    pairs = np.hstack(twins)
+    for number, (got, twin, side) in enumerate(zip(case.decode(blocks), twins, sides, strict=True)):
         parts, roundings = np.abs(twin) + 2 * np.abs(side.center).max() + 4 * np.abs(side.spread).max(), 6
         if side.low is not None:
-            rank, least = side.low.decoder.shape[0], np.linalg.pinv(side.low.decoder.astype(np.float64))
-            sizes = np.abs((twin - side.low.mean) @ least) + 2 * np.abs(side.center[:rank]) + 4 * side.spread[:rank]
-            parts, roundings = sizes @ np.abs(side.low.decoder) + np.abs(side.low.mean), 7 + rank
+            of = [one for one in (*case.low, case.rest) if one is not None]
+            decoder = np.concatenate([one.decoder for one in of]).astype(np.float64)
+            whole = pairs if case.low[0] and case.low[1] else twin
+            sizes = np.abs((whole - side.low.mean) @ np.linalg.pinv(decoder))
+            for at, one in ((0, sides[0]), (sides[0].stored(0) if sides[0].low else 0, sides[1])):
+                if one.low is not None:
+                    rank = one.stored(0)
+                    sizes[:, at : at + rank] += 2 * np.abs(one.center[:rank]) + 4 * one.spread[:rank]
+            parts, roundings = sizes @ np.abs(decoder) + np.abs(side.low.mean), 9 + len(decoder)
+            if whole is pairs:
+                parts = parts[:, number * case.head_size :][:, : case.head_size]
         assert np.isfinite(got).all()
         assert (np.abs(got - twin) <= roundings * 2.0**-24 * parts + 1e-38).all(), np.abs(got - twin).max()
 
@@ -145,7 +170,7 @@ def test_bytes_and_numbers_equal_the_twin(every_variant: Sequence[str], form: st
     case = make_case(form, shape)
     blocks = case.encode()
     assert blocks.shape == (3, kernels.block_bytes(case.codec, case.head_size))
-    assert blocks.shape[1] == reference_codecs.block_bytes(*case.sides(), case.head_size)
+    assert blocks.shape[1] == reference_codecs.block_bytes(*case.sides(), case.head_size, case.rest)
     np.testing.assert_array_equal(blocks, case.twin_bytes())
     for name in every_variant:
         kernels.select_variant(name)
@@ -157,10 +182,12 @@ def test_the_check_fails_on_a_wrong_decoder() -> None:
     keys = case.low[0]
     assert keys is not None
     wrong = keys.decoder.copy()
-    wrong[31, 63] += 0.01
+    wrong[31, 127] += 0.01
     spoilt = replace(case, low=(LowRank(keys.mean, keys.encoder, wrong), case.low[1]))
     with pytest.raises(AssertionError):
         check_pairs(spoilt, case.encode())
+    with pytest.raises(AssertionError):
+        check_pairs(replace(case, rest=None), case.encode())
 
 
 @pytest.mark.parametrize("form", ["f16", "q4", "grouped 2", "uneven 2, outliers"])
@@ -170,7 +197,7 @@ def test_statistics_are_of_the_coefficients(form: str) -> None:
     for x, side, mean in zip(sample, case.sides(), (case.statistics.key_mean, case.statistics.value_mean), strict=True):
         assert side.low is not None
         np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-5, atol=1e-6)
-        coefficients = side.low.coefficients(x)
+        coefficients = side.low.coefficients(np.hstack(sample))
         twin = reference_codecs.calibrate_side(
             min(side.bits, 8), coefficients, keys=True, outliers=side.outliers, nonuniform=case.codec.nonuniform
         )
@@ -181,15 +208,23 @@ def test_statistics_are_of_the_coefficients(form: str) -> None:
 
 
 def test_what_lies_in_the_subspace_comes_back() -> None:
-    """Of a full rank all channels; of a part of the rank, what the projection keeps, and the mean of the rest."""
-    case = make_case("f16", (64, 64, 20))
-    got_keys, got_values = case.decode(case.encode())
-    np.testing.assert_allclose(got_keys, case.keys, rtol=2.0**-9, atol=2.0**-8)
-    low = case.low[1]
-    assert low is not None
-    kept = (case.values - low.mean) @ low.encoder @ low.decoder + low.mean
-    np.testing.assert_allclose(got_values, kept, rtol=2.0**-9, atol=2.0**-8)
-    assert np.abs(kept - case.values).max() > 0.1
+    """Of a full rank all channels; of a part of it what the projection keeps, and each block's mean of the rest."""
+    case = make_case("f16", (64, 64, 64))
+    for got, x in zip(case.decode(case.encode()), (case.keys, case.values), strict=True):
+        np.testing.assert_allclose(got, x, rtol=2.0**-9, atol=2.0**-6)
+    case = make_case("f16", (64, 40, 30))
+    pairs, kept = np.hstack([case.keys, case.values]).astype(np.float64), np.zeros((48, 128))
+    for low in case.low:
+        assert low is not None
+        kept += (pairs - low.mean) @ low.encoder @ low.decoder
+    rest = case.rest
+    assert rest is not None
+    means = ((pairs - rest.mean) @ rest.encoder).reshape(3, BLOCK, -1).mean(axis=1)
+    step = np.abs(means).max(axis=1, keepdims=True) / 7.5
+    error = np.hstack(case.decode(case.encode())) - rest.mean - kept - np.repeat(means @ rest.decoder, BLOCK, axis=0)
+    assert (np.abs(error) <= np.repeat(0.51 * step @ np.abs(rest.decoder).sum(0)[None], BLOCK, axis=0) + 0.05).all()
+    assert np.abs(np.repeat(means @ rest.decoder, BLOCK, axis=0)).max() > 1
+    assert np.abs(kept + rest.mean - pairs).max() > 1
 
 
 def not_numbers(x: Array) -> None:
@@ -250,7 +285,7 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.encode_blocks(other, case.statistics, case.keys, case.values)
     with pytest.raises(ValueError, match="not of this codec"):
         kernels.decode_blocks(other, case.statistics, 64, case.encode())
-    f16 = NativeCodec(key_bits=16, value_bits=16, key_rank=31)
+    f16 = NativeCodec(key_bits=16, value_bits=16, key_rank=31, value_rank=31)
     with pytest.raises(ValueError, match="not of this codec"):
         kernels.encode_blocks(f16, case.statistics, case.keys, case.values)
     with pytest.raises(ValueError, match="wants the projections"):
@@ -258,17 +293,22 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_basis_is_checked() -> None:
-    encoders, decoders = projections(np.random.default_rng(0), 2, 16, 8)
+    parts = cut(*projections(np.random.default_rng(0), 2, 32), (8, 8))
 
-    def make(change: Callable[[Array, Array], tuple[Array, Array]]) -> kernels.LowRankBasis:
-        e, d = change(encoders.copy(), decoders.copy())
-        return kernels.LowRankBasis(key_encoders=e, key_decoders=d, value_encoders=encoders, value_decoders=decoders)
+    def make(change: Callable[[Array, Array], tuple[Array, Array]], name: str = "key") -> kernels.LowRankBasis:
+        encoders, decoders = (f"{name}_{kind}" for kind in ("encoders", "decoders"))
+        changed = change(parts[encoders].copy(), parts[decoders].copy())
+        return kernels.LowRankBasis(**{**parts, encoders: changed[0], decoders: changed[1]})
 
     assert make(lambda e, d: (e, d)).value_rank == 8
+    with pytest.raises(ValueError, match="the rest of a basis of pairs is all other coefficients"):
+        make(lambda e, d: (e[..., :-1], d[:, :, :-1]), "rest")
+    with pytest.raises(ValueError, match="the rest of a basis"):
+        kernels.LowRankBasis(**{name: x for name, x in parts.items() if "rest" not in name})
     for change in (
-        lambda e, d: (e, d[..., :15]), lambda e, d: (e, d[:, :1]), lambda e, d: (e[..., :7], d),
+        lambda e, d: (e, d[..., :31]), lambda e, d: (e, d[:, :1]), lambda e, d: (e[..., :7], d),
         lambda e, d: (e[..., :3], d[:, :, :3]), lambda e, d: (np.where(e > 0, np.nan, e), d),
-        lambda e, d: (e, d * np.float32(1e38)), lambda e, d: (e[0], d[0]), lambda e, d: (e[:, :, :15], d[..., :15]),
+        lambda e, d: (e, d * np.float32(1e38)), lambda e, d: (e[0], d[0]), lambda e, d: (e[:, :, :31], d[..., :31]),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="encoders must be|not finite|a basis is|head size"):
+        with pytest.raises(ValueError, match="encoders must be|not finite|a basis |head size"):
             make(change)
