@@ -183,7 +183,7 @@ def test_a_gate_leaves_the_logits_alone(chunk: int, calibrated: Callable[..., Pa
         rows.append(row)
         scores = cache._native.retention(0, 0) if scorer == "attention-gate" else None
         cache.close()
-    np.testing.assert_array_equal(*rows)
+    np.testing.assert_array_equal(rows[0], rows[1])
     assert scores is not None
     again = [place for place, token in enumerate(IDS) if IDS.index(token) < place]
     firsts = [IDS.index(IDS[place]) for place in again]
