@@ -22,8 +22,8 @@
 //   value outliers 4 bytes each: u16 index, IEEE half          if value_bits < 16
 //   keys           D runs of 16 codes: channel after channel, each with its 16 tokens
 //   values         D runs of 16 codes: token after token, each with D / 16 runs
-//   rest           of pairs, if a + b < 2D: IEEE half, the scale, then 4 bits for each of the other 2D - a - b coefficients, low
-//                  half of a byte first: its mean over the 16 tokens, scale * (code - 7.5)
+//   rest           of pairs, if a + b < 2D: IEEE half, the scale, then 4 bits for each of the other 2D - a - b coefficients,
+//                  low half of a byte first: its mean over the 16 tokens, scale * (code - 7.5)
 //   zeros          up to the next multiple of 16 bytes
 //
 // A run of 16 codes:
