@@ -29,7 +29,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharex=True)
     budgets = [*budgets_of(document), None]
     named = _named(document, budgets)
-    colors = matplotlib.colormaps[COLORS].colors  # type: ignore[attr-defined]
+    palette: Any = matplotlib.colormaps[COLORS]
     methods = dict.fromkeys(row["method"] for budget in budgets for row in ranked(document, budget))
     for method in sorted(methods, key=lambda name: named.get(name, -1)):  # the grey ones below
         rows = [row for budget in budgets for row in ranked(document, budget) if row["method"] == method]
@@ -37,7 +37,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         look = {
             "marker": "s" if whole else "o" if _recalls(rows[0]) else "x", "markersize": 5,
             "linestyle": "-" if _recalls(rows[0]) else ":",
-            "color": OTHERS if place is None else colors[place % len(colors)],
+            "color": OTHERS if place is None else palette.colors[place % palette.N],
             "label": None if place is None else method,
         }  # fmt: skip
         _line(left, rows, [row["score"] for row in rows], look)
